@@ -1,0 +1,102 @@
+"""Arguments are refused here, before anything is computed.
+
+Every message names the argument, the value received and what is accepted; a value of the wrong
+kind raises TypeError, a wrong value of the right kind ValueError.
+"""
+
+import difflib
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """`value` as an int of at least `least`; numpy integers are welcome, booleans are not."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}={value!r} ({type(value).__name__}) is not a whole number")
+    number = operator.index(value)
+    if number < least:
+        raise ValueError(f"{name}={number} is too small: it must be at least {least}")
+    return number
+
+
+def several(name: str, value: Any, least: int = 1) -> list[int]:
+    """`value`, a whole number or a sequence of them, as a list of at least one."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        return [whole(name, value, least)]
+    numbers = [whole(f"{name}[{i}]", v, least) for i, v in enumerate(value)]
+    if not numbers:
+        raise ValueError(f"{name}={value!r} is empty: give at least one number")
+    return numbers
+
+
+def positive(name: str, value: Any) -> float:
+    """`value` if it is a number above zero."""
+    if isinstance(value, bool) or not isinstance(value, float | int | np.number):
+        raise TypeError(f"{name}={value!r} ({type(value).__name__}) is not a number")
+    if not value > 0:
+        raise ValueError(f"{name}={value} must be positive")
+    return float(value)
+
+
+def per_dimension(name: str, value: Any, ndim: int, least: int = 1) -> tuple[int, ...]:
+    """`value` with one entry per spatial dimension; the last one given is repeated."""
+    numbers = several(name, value, least)
+    if len(numbers) > ndim:
+        raise ValueError(f"{name}={value!r} has {len(numbers)} values for ndim={ndim} dimensions")
+    return tuple(numbers + numbers[-1:] * (ndim - len(numbers)))
+
+
+def dimensions(ndim: Any) -> int:
+    """The number of spatial dimensions: 1, 2 or 3."""
+    if whole("ndim", ndim) > 3:
+        raise ValueError(f"ndim={ndim} is too large: images have 1, 2 or 3 spatial dimensions")
+    return operator.index(ndim)
+
+
+def one_of(name: str, value: Any, choices: Sequence[T]) -> T:
+    """`value` if it is among `choices`, which the error lists, nearest word first."""
+    for choice in choices:
+        if type(value) is type(choice) and value == choice:
+            return choice
+    raise ValueError(f"{name}={value!r} is unknown: use {_listed(value, choices)}")
+
+
+def named(
+    name: str, value: str, table: Mapping[str, T], spell: Callable[[str], str] = str.lower
+) -> T:
+    """The entry of `table` that `value` names, once `spell` has brought both to one spelling."""
+    keys = {spell(key): key for key in table}
+    if not isinstance(value, str) or spell(value) not in keys:
+        near = keys.get(next(iter(difflib.get_close_matches(spell(str(value)), keys, n=1)), ""))
+        raise ValueError(f"{name}={value!r} is unknown: use {_listed(near, list(table))}")
+    return table[keys[spell(value)]]
+
+
+def image(inp: Any, ndim: int, channels: int | None = None, name: str = "inp") -> None:
+    """A floating-point tensor (B, channels, *size) with `ndim` non-empty spatial dimensions."""
+    if not isinstance(inp, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(inp).__name__}")
+    fits = inp.ndim == ndim + 2 and (channels is None or inp.shape[1] == channels)
+    if not fits or 0 in inp.shape[2:]:
+        sizes = ", ".join("WHD"[:ndim])
+        raise ValueError(
+            f"{name} has shape {tuple(inp.shape)}, but a {ndim}-D image of shape "
+            f"(batch, {channels or 'channels'}, {sizes}), no size zero, is expected"
+        )
+    if not (inp.is_floating_point() or inp.is_complex()):
+        raise TypeError(f"{name} has dtype {inp.dtype}: convert it to floating point first")
+
+
+def _listed(value: Any, choices: Sequence[Any]) -> str:
+    near = []
+    if isinstance(value, str):
+        words = [c for c in choices if isinstance(c, str)]
+        near = difflib.get_close_matches(value, words, n=1)
+    rest = [c for c in choices if c not in near]
+    return " or ".join([", ".join(map(repr, [*near, *rest[:-1]])), *map(repr, rest[-1:])])

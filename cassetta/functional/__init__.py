@@ -1,0 +1,10 @@
+"""What the layers compute, as functions of tensors. Only `functional` calls `cassetta.kernels`."""
+
+from cassetta.functional.attention import dot_product_attention as dot_product_attention
+from cassetta.functional.conv import (
+    conv as conv,
+    conv_transposed as conv_transposed,
+    pad as pad,
+    same_padding as same_padding,
+)
+from cassetta.functional.resize import fit as fit, resize as resize
