@@ -1,0 +1,73 @@
+"""Activation functions, by name, class, instance or factory."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules import activation as torch_activations
+
+from cassetta.core import check
+from cassetta.core.typing import ActivationType
+from cassetta.core.utils import build
+
+
+def make_activation(activation: ActivationType, **kwargs: Any) -> nn.Module | None:
+    """Make an activation layer.
+
+    Parameters
+    ----------
+    activation : str, Module, type, callable or None
+        - the name, in any case, of an activation of `torch.nn`, `"SymExp"` or `"SymLog"`;
+        - a module, returned as it is, so that several layers share it;
+        - a `Module` class, or a function that returns a module, called with `kwargs`;
+        - None (or False, or an empty name): no activation.
+    **kwargs
+        Options of the constructor. `Softmax` and its kin act on channels unless `dim` is given.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the name is unknown, or what is made is not a module.
+    """
+    if activation is None or activation is False or activation == "":
+        return None
+    if isinstance(activation, nn.Module):
+        return activation
+    if isinstance(activation, str):
+        activation = check.named("activation", activation, _BY_NAME)
+    if not callable(activation):
+        raise TypeError(
+            f"activation={activation!r} is neither a name, a Module, a Module class, "
+            "a function that returns a Module, nor None"
+        )
+    offered = {"dim": 1} if activation in _OVER_CHANNELS else {}
+    layer = build("activation", activation, offered=offered, **kwargs)
+    if not isinstance(layer, nn.Module):
+        raise TypeError(f"activation={activation!r} made a {type(layer).__name__}, not a Module")
+    return layer
+
+
+class SymExp(nn.Module):
+    """Symmetric exponential: sign(x) (exp|x| - 1)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sign() * x.abs().expm1()
+
+
+class SymLog(nn.Module):
+    """Symmetric logarithm: sign(x) log(1 + |x|)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sign() * x.abs().log1p()
+
+
+_OVER_CHANNELS = (nn.Softmax, nn.Softmin, nn.LogSoftmax, nn.GLU)
+_BY_NAME: dict[str, type[nn.Module]] = {
+    **{
+        name: getattr(nn, name)
+        for name in torch_activations.__all__
+        if name != "MultiheadAttention"
+    },
+    "Identity": nn.Identity,
+    "SymExp": SymExp,
+    "SymLog": SymLog,
+}

@@ -1,0 +1,321 @@
+"""Interpolation and sampling of images: the functions of torch-interpol as layers.
+
+Spatial dimensions follow the channels everywhere: images (B, C, *size), coordinates (B, ndim,
+*size), in voxels.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import interpol
+from bounds import to_enum
+from torch import Tensor, nn
+
+from cassetta import functional
+from cassetta.core import check
+from cassetta.core.typing import BoundType, InterpolationType, OneOrSeveral
+
+_ORDERS = ["nearest", "linear", "quadratic", "cubic", "fourth", "fifth", "sixth", "seventh"]
+_ANCHORS = ["edge", "edges", "center", "centers", "first", "last", "e", "c", "f", "l"]
+
+
+def _spline(interpolation: Any, bound: Any) -> tuple[Any, Any]:
+    """Refuse unknown orders and boundary conditions."""
+    for order in interpolation if isinstance(interpolation, (list, tuple)) else [interpolation]:
+        name = order.lower() if isinstance(order, str) else order
+        check.one_of("interpolation", name, [*_ORDERS, *range(len(_ORDERS))])
+    try:
+        to_enum(bound)
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"bound={bound!r} is unknown: use zero, replicate, dct1, dct2, dst1, dst2 or dft"
+        ) from None
+    return interpolation, bound
+
+
+class _Sampler(nn.Module):
+    def __init__(
+        self,
+        interpolation: OneOrSeveral[InterpolationType] = "linear",
+        bound: OneOrSeveral[BoundType] = "zero",
+        extrapolate: bool = False,
+        prefilter: bool = False,
+    ) -> None:
+        """
+        Parameters
+        ----------
+        interpolation : [list of] InterpolationType
+            Order of the spline.
+        bound : [list of] BoundType
+            Boundary condition.
+        extrapolate : bool
+            Sample beyond the field of view too.
+        prefilter : bool
+            Turn values into spline coefficients first, so that the spline interpolates them.
+        """
+        super().__init__()
+        self.interpolation, self.bound = _spline(interpolation, bound)
+        self.extrapolate = extrapolate
+        self.prefilter = prefilter
+
+    def _options(self) -> dict[str, Any]:
+        names = ("interpolation", "bound", "extrapolate", "prefilter")
+        return {name: getattr(self, name) for name in names}
+
+
+class GridPull(_Sampler):
+    """Sample an image at given coordinates."""
+
+    def forward(self, inp: Tensor, grid: Tensor) -> Tensor:
+        """inp (B, C, *size), grid (B, ndim, *out_size) -> (B, C, *out_size)
+
+        An integer image is a label map: every label is sampled, and the strongest wins.
+        """
+        return interpol.grid_pull(inp, grid.movedim(1, -1), **self._options())
+
+
+class FlowPull(GridPull):
+    """Sample an image at displaced coordinates."""
+
+    def forward(self, inp: Tensor, flow: Tensor) -> Tensor:
+        """inp (B, C, *size), flow (B, ndim, *out_size) -> (B, C, *out_size)"""
+        return super().forward(inp, _displaced(flow))
+
+
+class GridPush(_Sampler):
+    """Splat an image onto given coordinates: the adjoint of `GridPull`."""
+
+    def forward(self, inp: Tensor, grid: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        """inp (B, C, *size), grid (B, ndim, *size) -> (B, C, *shape); `shape` defaults to size"""
+        return interpol.grid_push(inp, grid.movedim(1, -1), shape, **self._options())
+
+
+class FlowPush(GridPush):
+    """Splat an image onto displaced coordinates: the adjoint of `FlowPull`."""
+
+    def forward(self, inp: Tensor, flow: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        """inp (B, C, *size), flow (B, ndim, *size) -> (B, C, *shape); `shape` defaults to size"""
+        return super().forward(inp, _displaced(flow), shape)
+
+
+def _displaced(flow: Tensor) -> Tensor:
+    """Coordinates (B, ndim, *size) of the voxels that a displacement field points to."""
+    return interpol.add_identity_grid(flow.movedim(1, -1)).movedim(-1, 1)
+
+
+class _Scaler(nn.Module):
+    def __init__(
+        self, factor: Any, shape: Any, anchor: Any, interpolation: Any, bound: Any
+    ) -> None:
+        super().__init__()
+        if factor is None and shape is None:
+            raise ValueError("factor=None and shape=None: give one of them")
+        for one in anchor if isinstance(anchor, (list, tuple)) else [anchor]:
+            check.one_of("anchor", str(one).lower(), _ANCHORS)
+            if str(one)[0].lower() in "fl" and factor is None:
+                raise ValueError(f"anchor={one!r} needs a factor, even if there is a shape")
+        for zoom in factor if isinstance(factor, (list, tuple)) else [factor]:
+            if zoom is not None and not zoom > 0:
+                raise ValueError(f"factor={factor!r} must be positive")
+        if shape is not None:
+            check.several("shape", shape)
+        self.factor, self.shape, self.anchor = factor, shape, anchor
+        self.interpolation, self.bound = _spline(interpolation, bound)
+
+    def _arguments(self, inp: Tensor, shape: Any) -> dict[str, Any]:
+        """The options for this image, with one factor and one size per dimension."""
+        ndim = inp.ndim - 2
+        factor, shape = self.factor, self.shape if shape is None else shape
+        if factor is not None:
+            factor = list(factor) if isinstance(factor, (list, tuple)) else [factor]
+            factor += factor[-1:] * (ndim - len(factor))
+        if shape is not None:
+            shape = list(check.per_dimension("shape", shape, ndim))
+        return {
+            "factor": factor, "shape": shape, "anchor": self.anchor,
+            "interpolation": self.interpolation, "bound": self.bound,
+        }  # fmt: skip
+
+    def extra_repr(self) -> str:
+        names = ("factor", "shape", "anchor", "interpolation", "bound")
+        return ", ".join(f"{n}={getattr(self, n)!r}" for n in names if getattr(self, n) is not None)
+
+
+class Resize(_Scaler):
+    """Resample an image by a factor, or to a size.
+
+    The numbers are those of torch-interpol. With the default boundary condition, "zero", the
+    outermost voxels of an enlarged image mix with the zeros around it: **edges darken**.
+
+    The anchor says which points keep their place:
+
+        edge     the outer edges of the image           (what upsampling by an integer expects)
+        center   the centres of the corner voxels       (`align_corners` in torch)
+        first    the centre of the first voxel, and the voxel size is exactly divided by `factor`
+        last     the centre of the last voxel, likewise
+    """
+
+    def __init__(
+        self,
+        factor: OneOrSeveral[float] | None = None,
+        shape: OneOrSeveral[int] | None = None,
+        anchor: OneOrSeveral[str] = "edge",
+        interpolation: OneOrSeveral[InterpolationType] = "linear",
+        bound: OneOrSeveral[BoundType] = "zero",
+        extrapolate: bool = True,
+        prefilter: bool = True,
+    ) -> None:
+        """
+        Parameters
+        ----------
+        factor : [list of] float, optional
+            Above 1, the image grows. The new size is rounded down.
+        shape : [list of] int, optional
+            New size. One of `factor` and `shape` is needed; anchors "first" and "last" need a
+            factor in any case.
+        anchor : [list of] {"edge", "center", "first", "last"}
+            Points that keep their place.
+        interpolation : [list of] InterpolationType
+            Order of the spline.
+        bound : [list of] BoundType
+            Boundary condition.
+        extrapolate : bool
+            Sample beyond the centres of the outermost voxels too.
+        prefilter : bool
+            Turn values into spline coefficients first, so that the spline interpolates them.
+        """
+        super().__init__(factor, shape, anchor, interpolation, bound)
+        self.extrapolate = extrapolate
+        self.prefilter = prefilter
+
+    def forward(self, inp: Tensor, shape: OneOrSeveral[int] | None = None) -> Tensor:
+        """(B, C, *size) -> (B, C, *shape); `shape` defaults to that of the constructor"""
+        options = self._arguments(inp, shape)
+        return functional.resize(
+            inp, **options, extrapolate=self.extrapolate, prefilter=self.prefilter
+        )
+
+
+class Restrict(_Scaler):
+    """Splat an image onto a coarser grid: the adjoint of `Resize`."""
+
+    def __init__(
+        self,
+        factor: OneOrSeveral[float] | None = None,
+        shape: OneOrSeveral[int] | None = None,
+        anchor: OneOrSeveral[str] = "edge",
+        interpolation: OneOrSeveral[InterpolationType] = "linear",
+        bound: OneOrSeveral[BoundType] = "zero",
+        reduce_sum: bool = False,
+    ) -> None:
+        """
+        Parameters
+        ----------
+        factor : [list of] float, optional
+            Above 1, the image shrinks. The new size is rounded down.
+        shape, anchor, interpolation, bound
+            As in `Resize`.
+        reduce_sum : bool
+            Sum what falls into a voxel, instead of averaging it.
+        """
+        super().__init__(factor, shape, anchor, interpolation, bound)
+        self.reduce_sum = reduce_sum
+
+    def forward(self, inp: Tensor, shape: OneOrSeveral[int] | None = None) -> Tensor:
+        """(B, C, *size) -> (B, C, *shape); `shape` defaults to that of the constructor"""
+        return interpol.restrict(inp, **self._arguments(inp, shape), reduce_sum=self.reduce_sum)
+
+
+class ResizeFlow(Resize):
+    """Resample a displacement field, and scale the displacements with the voxels."""
+
+    def __init__(
+        self,
+        factor: OneOrSeveral[float] | None = None,
+        shape: OneOrSeveral[int] | None = None,
+        anchor: str = "edge",
+        interpolation: OneOrSeveral[InterpolationType] = "linear",
+        bound: OneOrSeveral[BoundType] = "dft",
+        extrapolate: bool = True,
+        prefilter: bool = True,
+    ) -> None:
+        super().__init__(factor, shape, anchor, interpolation, bound, extrapolate, prefilter)
+
+    def forward(self, flow: Tensor, shape: OneOrSeveral[int] | None = None) -> Tensor:
+        """(B, ndim, *size) -> (B, ndim, *shape), in voxels of each"""
+        resized = super().forward(flow, shape)
+        anchor = self.anchor[0].lower()
+        sizes = list(zip(resized.shape[2:], flow.shape[2:], strict=True))
+        if anchor == "e":
+            scale = [new / old for new, old in sizes]
+        elif anchor == "c":
+            scale = [(new - 1) / (old - 1) for new, old in sizes]
+        else:
+            scale = self._arguments(flow, shape)["factor"]
+        return resized * resized.new_tensor(scale).reshape(-1, *[1] * len(sizes))
+
+
+class ValueToCoeff(nn.Module):
+    """Spline coefficients of an image."""
+
+    def __init__(
+        self,
+        interpolation: OneOrSeveral[InterpolationType] = "linear",
+        bound: OneOrSeveral[BoundType] = "zero",
+    ) -> None:
+        super().__init__()
+        self.interpolation, self.bound = _spline(interpolation, bound)
+
+    def forward(self, inp: Tensor) -> Tensor:
+        """values (B, C, *size) -> coefficients (B, C, *size)"""
+        return interpol.spline_coeff_nd(inp, self.interpolation, self.bound, dim=inp.ndim - 2)
+
+
+class CoeffToValue(ValueToCoeff):
+    """Values of an image of spline coefficients: the inverse of `ValueToCoeff`."""
+
+    def forward(self, inp: Tensor) -> Tensor:
+        """coefficients (B, C, *size) -> values (B, C, *size)"""
+        grid = interpol.identity_grid(inp.shape[2:], dtype=inp.dtype, device=inp.device)
+        return interpol.grid_pull(inp, grid, self.interpolation, self.bound, extrapolate=True)
+
+
+class FlowExp(nn.Module):
+    """Exponentiate a stationary velocity field by scaling and squaring.
+
+    Arsigny et al., "A Log-Euclidean Framework for Statistics on Diffeomorphisms" (2006).
+    """
+
+    def __init__(
+        self,
+        nsteps: int = 8,
+        interpolation: OneOrSeveral[InterpolationType] = "linear",
+        bound: OneOrSeveral[BoundType] = "dft",
+        extrapolate: bool = False,
+        coeff: bool = False,
+    ) -> None:
+        """
+        Parameters
+        ----------
+        nsteps : int
+            Number of squarings.
+        interpolation, bound, extrapolate
+            As in `GridPull`.
+        coeff : bool
+            Input and output hold spline coefficients, not values.
+        """
+        super().__init__()
+        self.nsteps = check.whole("nsteps", nsteps, least=0)
+        self.coeff = coeff
+        self.to_coeff = ValueToCoeff(interpolation, bound)
+        self.to_value = CoeffToValue(interpolation, bound)
+        self.compose = FlowPull(interpolation, bound, extrapolate)
+
+    def forward(self, flow: Tensor) -> Tensor:
+        """velocity (B, ndim, *size) -> displacement (B, ndim, *size), in voxels"""
+        flow = flow / 2**self.nsteps
+        if self.coeff:
+            flow = self.to_value(flow)
+        for _ in range(self.nsteps):
+            flow = flow + self.compose(self.to_coeff(flow), flow)
+        return self.to_coeff(flow) if self.coeff else flow

@@ -1,0 +1,255 @@
+"""Levels of an encoder or a decoder: a way down or up, and the block of layers that follows."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cassetta import functional
+from cassetta.core import check
+from cassetta.core.typing import (
+    ActivationType,
+    AttentionType,
+    DropoutType,
+    NormType,
+    OneOrSeveral,
+    SeparableType,
+)
+from cassetta.layers.convblocks import ConvGroup
+from cassetta.layers.simple import Stack
+from cassetta.layers.updown import DownConv, DownInterpol, DownPool, UpConv, UpInterpol, UpPool
+
+
+class DownGroup(Stack):
+    """A way down, such as `DownPool`, followed by a block of layers."""
+
+    def __init__(self, module_down: nn.Module, module_block: nn.Module) -> None:
+        """
+        Parameters
+        ----------
+        module_down : Module
+            `DownConv`, `DownPool`, `DownInterpol` or the like.
+        module_block : Module
+            `ConvBlock`, `ConvGroup` or the like.
+        """
+        super().__init__(module_down, module_block)
+
+    @property
+    def return_indices(self) -> bool:
+        """Whether `forward` also returns the indices of the pooled maxima."""
+        return getattr(self[0], "return_indices", False)
+
+    def forward(self, inp: Tensor) -> Any:
+        """(B, inp_channels, *size) -> (B, out_channels, *(size // factor)) [, indices]"""
+        down, block = self
+        if self.return_indices:
+            out, indices = down(inp)
+            return block(out), indices
+        return block(down(inp))
+
+
+class DownConvGroup(DownGroup):
+    """A way down followed by a `ConvGroup`."""
+
+    def __init__(
+        self,
+        ndim: int,
+        inp_channels: int,
+        out_channels: int | None = None,
+        factor: OneOrSeveral[int] = 2,
+        mode: str = "interpol",
+        nb_conv: int = 1,
+        kernel_size: OneOrSeveral[int] = 3,
+        dilation: OneOrSeveral[int] = 1,
+        recurrent: bool = False,
+        residual: bool = False,
+        bias: bool = True,
+        activation: ActivationType = "ReLU",
+        norm: NormType = None,
+        dropout: DropoutType = None,
+        attention: AttentionType = None,
+        compression: int = 16,
+        order: str = "ncdax",
+        separable: SeparableType = False,
+        **down_options: Any,
+    ) -> None:
+        """
+        Parameters
+        ----------
+        ndim : {1, 2, 3}
+            Number of spatial dimensions.
+        inp_channels : int
+            Number of input channels.
+        out_channels : int, default=`inp_channels`
+            Number of output channels.
+        factor : [list of] int
+            Downsampling factor.
+        mode : {"interpol", "conv", "pool"}
+            Make a `DownInterpol`, `DownConv` or `DownPool`; "interpolate" and initials will do.
+        **down_options
+            Its further options: `interpolation`, `bound`, `prefilter`, or `return_indices`.
+        **others
+            See `ConvGroup`.
+        """
+        kinds = {"c": DownConv, "p": DownPool, "i": DownInterpol}
+        down = kinds[resampling("mode", mode)]
+        module_down = down(ndim, inp_channels, out_channels, factor, **down_options)
+        group = ConvGroup(
+            ndim, module_down.out_channels, nb_conv, recurrent, residual, kernel_size, dilation,
+            bias, activation, norm, dropout, attention, compression, order, separable,
+        )  # fmt: skip
+        super().__init__(module_down, group)
+
+
+class UpGroup(Stack):
+    """A way up, such as `UpConv`, that meets skip connections, followed by a block of layers."""
+
+    def __init__(
+        self, module_up: nn.Module, module_block: nn.Module, skip: bool | int = False
+    ) -> None:
+        """
+        Parameters
+        ----------
+        module_up : Module
+            `UpConv`, `UpPool`, `UpInterpol` or the like.
+        module_block : Module
+            `ConvBlock`, `ConvGroup` or the like.
+        skip : bool or int
+            Concatenate skip connections (True, or their number of channels) or add them (False).
+        """
+        super().__init__(module_up, module_block)
+        self.skip = skip
+
+    def forward(self, inp: Tensor, *skips: Tensor, indices: Tensor | None = None) -> Tensor:
+        """
+        Parameters
+        ----------
+        inp : (B, inp_channels, *size) tensor
+            Image at the coarse level.
+        *skips : (B, skip_channels, *out_size) tensor
+            Images at the fine level. If `out_size` is odd, the enlarged image lacks a voxel at its
+            end: the last one is repeated.
+        indices : (B, out_channels, *size) tensor[long]
+            Where `UpPool` puts the voxels.
+
+        Returns
+        -------
+        out : (B, out_channels, *out_size) tensor
+        """
+        up, block = self
+        self.check(inp.shape, skips)
+        options: dict[str, Any] = {} if indices is None else {"indices": indices}
+        if skips and isinstance(up, UpPool):
+            options["out_size"] = skips[0].shape[2:]
+        out = up(inp, **options)
+        if skips:
+            out = functional.fit(out, skips[0].shape[2:])
+            out = torch.cat([out, *skips], dim=1) if self.skip else sum(skips, out)
+        return block(out)
+
+    def check(self, shape: Sequence[int], skips: Sequence[Tensor]) -> tuple[int, ...]:
+        """Refuse skip connections that do not fit an input of this shape.
+
+        Parameters
+        ----------
+        shape : (B, inp_channels, *size)
+            Shape of the input.
+        skips : sequence of (B, skip_channels, *out_size) tensor
+            Skip connections.
+
+        Returns
+        -------
+        out_shape : (B, out_channels, *out_size)
+        """
+        up, block = self
+        batch, _, *size = shape
+        factor = getattr(up, "factor", (1,) * len(size))
+        out_size = [n * f for n, f in zip(size, factor, strict=True)]
+        needed = block.inp_channels - up.out_channels if self.skip else up.out_channels
+        have = [skip.shape[1] for skip in skips]
+        if (self.skip and sum(have) != needed) or any(c != needed for c in have if not self.skip):
+            how = "concatenated" if self.skip else "added"
+            raise ValueError(f"skips have {have} channels, but {needed} are to be {how}")
+        for skip in skips:
+            check.image(skip, len(size), name="skip")
+            near = all(
+                abs(n - m) < f for n, m, f in zip(skip.shape[2:], out_size, factor, strict=True)
+            )
+            if not near or skip.shape[2:] != skips[0].shape[2:] or len(skip) != batch:
+                raise ValueError(
+                    f"skip has shape {tuple(skip.shape)}, but the input of shape {tuple(shape)} "
+                    f"becomes ({batch}, {up.out_channels}, {', '.join(map(str, out_size))})"
+                )
+        return batch, block.out_channels, *(skips[0].shape[2:] if skips else out_size)
+
+
+class UpConvGroup(UpGroup):
+    """A way up that meets skip connections, followed by a `ConvGroup`."""
+
+    def __init__(
+        self,
+        ndim: int,
+        inp_channels: int,
+        out_channels: int | None = None,
+        factor: OneOrSeveral[int] = 2,
+        skip: int = 0,
+        mode: str = "interpol",
+        nb_conv: int = 1,
+        kernel_size: OneOrSeveral[int] = 3,
+        dilation: OneOrSeveral[int] = 1,
+        recurrent: bool = False,
+        residual: bool = False,
+        bias: bool = True,
+        activation: ActivationType = "ReLU",
+        norm: NormType = None,
+        dropout: DropoutType = False,
+        attention: AttentionType = None,
+        compression: int = 16,
+        order: str = "ncdax",
+        separable: SeparableType = False,
+        **up_options: Any,
+    ) -> None:
+        """
+        Parameters
+        ----------
+        ndim : {1, 2, 3}
+            Number of spatial dimensions.
+        inp_channels : int
+            Number of input channels.
+        out_channels : int, default=`inp_channels`
+            Number of output channels.
+        factor : [list of] int
+            Upsampling factor.
+        skip : int
+            Number of channels of the skip connections to concatenate. If 0, those given are added.
+        mode : {"interpol", "conv", "pool"}
+            Make an `UpInterpol`, `UpConv` or `UpPool`; "interpolate", "unpool" and initials will
+            do.
+        **up_options
+            Its further options: `interpolation`, `bound`, `prefilter`.
+        **others
+            See `ConvGroup`.
+        """
+        kinds = {"c": UpConv, "p": UpPool, "i": UpInterpol}
+        up = kinds[resampling("mode", mode)]
+        module_up = up(ndim, inp_channels, out_channels, factor, **up_options)
+        skip = check.whole("skip", skip, least=0)
+        group = ConvGroup(
+            ndim, module_up.out_channels, nb_conv, recurrent, residual, kernel_size, dilation,
+            bias, activation, norm, dropout, attention, compression, order, separable, skip,
+        )  # fmt: skip
+        super().__init__(module_up, group, skip=skip)
+
+
+def resampling(name: str, mode: str) -> str:
+    """The initial, "c", "p" or "i", of a way down or up that is called by any of its names."""
+    words = {
+        "c": ("conv", "convolution", "c"),
+        "p": ("pool", "pooling", "unpool", "p", "u"),
+        "i": ("interpol", "interpolate", "interpolation", "i"),
+    }
+    for initial, synonyms in words.items():
+        if isinstance(mode, str) and mode.lower() in synonyms:
+            return initial
+    raise ValueError(f"{name}={mode!r} is unknown: use 'interpolate', 'conv' or 'pool'")

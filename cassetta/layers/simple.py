@@ -1,0 +1,222 @@
+"""Small pieces: concatenation, sums, groups of modules, global pooling."""
+
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cassetta.core import check
+from cassetta.core.typing import OneOrSeveral
+
+
+class Cat(nn.Module):
+    """Concatenate tensors along `dim` (by default, channels)."""
+
+    def __init__(self, dim: int = 1) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Tensors of equal shape, except along `dim` -> one tensor"""
+        return torch.cat(inputs, self.dim)
+
+
+class Add(nn.Module):
+    """Sum tensors of the same shape."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """One or more tensors -> their sum"""
+        if not inputs:
+            raise ValueError("inputs=() is empty: give at least one tensor")
+        return functools.reduce(torch.add, inputs)
+
+
+class Split(nn.Module):
+    """Split a tensor into `nb_chunks` parts along `dim`; the first ones take what is left over."""
+
+    def __init__(self, nb_chunks: int = 2, dim: int = 1) -> None:
+        super().__init__()
+        self.dim = dim
+        self.nb_chunks = check.whole("nb_chunks", nb_chunks)
+
+    def forward(self, inp: Tensor) -> tuple[Tensor, ...]:
+        """One tensor -> `nb_chunks` tensors"""
+        return torch.tensor_split(inp, self.nb_chunks, dim=self.dim)
+
+
+class DoNothing(nn.Module):
+    """Return the first argument, whatever the others."""
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return x
+
+
+class MoveDim(nn.Module):
+    """Move a dimension of a tensor from `src` to `dst`."""
+
+    def __init__(self, src: int, dst: int) -> None:
+        super().__init__()
+        self.src = src
+        self.dst = dst
+
+    def forward(self, inp: Tensor) -> Tensor:
+        return inp.movedim(self.src, self.dst)
+
+
+class Hadamard(nn.Module):
+    """Replace two tensors by their sum and their difference: (x, y) -> (x + y, x - y).
+
+    A single tensor is split in two along its channels, and the results are concatenated.
+    """
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Two tensors of equal shape -> two tensors; or (B, 2C, *size) -> (B, 2C, *size)"""
+        if y is not None:
+            return x + y, x - y
+        if x.shape[1] % 2:
+            raise ValueError(f"x has {x.shape[1]} channels: an even number is needed to split it")
+        return torch.cat(self(*x.chunk(2, dim=1)), dim=1)
+
+
+class ModuleSum(nn.ModuleList):
+    """Apply modules side by side to the same input and sum their outputs, of the same shape."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return super().__getitem__(index)
+
+    @property
+    def inp_channels(self) -> int:
+        return self[0].inp_channels
+
+    @property
+    def out_channels(self) -> int:
+        return self[-1].out_channels
+
+    def forward(self, inp: Tensor) -> Tensor:
+        """(B, inp_channels, *size) -> (B, out_channels, *size)"""
+        if not len(self):
+            raise ValueError("ModuleSum holds no modules: there is nothing to sum")
+        return functools.reduce(torch.add, (module(inp) for module in self))
+
+
+class Stack(nn.Sequential):
+    """A sequence whose slices are plain sequences, whatever its own constructor takes."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return nn.Sequential(*list(self)[index])
+        return super().__getitem__(index)
+
+    def __iter__(self) -> Iterator[Any]:
+        return super().__iter__()
+
+    @property
+    def inp_channels(self) -> int:
+        return self[0].inp_channels
+
+    @property
+    def out_channels(self) -> int:
+        return self[-1].out_channels
+
+
+class ModuleGroup(Stack):
+    """Modules one after the other, perhaps with residual connections around each.
+
+    With residual connections, the modules preserve the number of channels and the spatial size;
+    where the first one takes `skip` additional channels, its residual drops the last `skip`.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module], residual: bool = False, skip: int = 0) -> None:
+        """
+        Parameters
+        ----------
+        blocks : sequence of Module
+            The modules.
+        residual : bool
+            Add the input of each module to its output.
+        skip : int
+            Number of additional channels in the input of the first module.
+        """
+        super().__init__(*blocks)
+        self.residual = residual
+        self.skip = skip
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            skip = self.skip if index.indices(len(self))[0] == 0 else 0
+            return ModuleGroup(list(self)[index], residual=self.residual, skip=skip)
+        return super().__getitem__(index)
+
+    @property
+    def all_out_channels(self) -> list[int]:
+        """Number of channels that leave each module."""
+        return [module.out_channels for module in self]
+
+    def forward(self, inp: Tensor, *, return_all: bool = False) -> Any:
+        """
+        Parameters
+        ----------
+        inp : (B, channels [+ skip], *size) tensor
+            Image.
+        return_all : bool
+            Return what leaves each module, not only the last.
+
+        Returns
+        -------
+        out : [tuple of] (B, channels, *size) tensor
+        """
+        out, outputs = inp, []
+        for n, module in enumerate(self):
+            before, out = out, module(out)
+            if self.residual:
+                out = out + _matching(before, out, self.skip if n == 0 else 0)
+            if return_all:
+                outputs.append(out)
+        return tuple(outputs) if return_all else out
+
+
+def _matching(before: Tensor, out: Tensor, skip: int) -> Tensor:
+    """The part of a module's input that is added to its output."""
+    if skip:
+        before = before[:, : out.shape[1]]
+    if before.shape != out.shape:
+        raise ValueError(
+            f"residual=True needs modules that preserve the shape, but one turned "
+            f"{tuple(before.shape)} into {tuple(out.shape)}"
+        )
+    return before
+
+
+class GlobalPool(nn.Module):
+    """Mean or maximum over whole dimensions; by default, over space."""
+
+    def __init__(
+        self,
+        reduction: Literal["mean", "max"] = "mean",
+        keepdim: bool = True,
+        dim: OneOrSeveral[int] | Literal["spatial"] = "spatial",
+    ) -> None:
+        """
+        Parameters
+        ----------
+        reduction : {"mean", "max"}
+            What to compute.
+        keepdim : bool
+            Keep the pooled dimensions, with size one.
+        dim : [list of] int or "spatial"
+            Dimensions to pool; "spatial" means all but the first two.
+        """
+        super().__init__()
+        self.reduction = check.one_of("reduction", str(reduction).lower(), ["mean", "max"])
+        self.keepdim = keepdim
+        self.dim: Any = dim
+        if isinstance(dim, str):
+            check.one_of("dim", dim, ["spatial"])
+
+    def forward(self, inp: Tensor) -> Tensor:
+        """(B, C, *size) -> (B, C, *ones), or (B, C) without `keepdim`, for `dim="spatial"`"""
+        dim = tuple(range(2, inp.ndim)) if self.dim == "spatial" else self.dim
+        reduce = torch.amax if self.reduction == "max" else torch.mean
+        return reduce(inp, dim, keepdim=self.keepdim)
