@@ -1,0 +1,278 @@
+"""Modules that save the arguments of their constructor with their weights.
+
+A file holds a dictionary of plain values and tensors,
+
+    {"cassetta.Loadable": "1.0", "module": ..., "qualname": ..., "args": ..., "kwargs": ...,
+     "state": ...}
+
+in upstream's format. It is read by `torch.load(weights_only=True)`, which runs no code from the
+file, and only names classes; a name is followed only if the class is known already, or lies in a
+package that is allowed. So a file can do no more than build modules.
+"""
+
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import nn
+
+Source = str | os.PathLike | IO[bytes] | dict
+
+VERSION = "1.0"
+ALLOWED = ("cassetta", "torch.nn")
+"""Packages whose module classes a file may name."""
+
+_KEY, _CLASS, _PARTIAL = "cassetta.Loadable", "cassetta.class", "cassetta.partial"
+_known: dict[tuple[str, str], type] = {}
+
+
+class _LoadMethod:
+    """`Class.load(file)` builds a module; `module.load(file)` fills the one at hand."""
+
+    def __get__(self, instance: Any, owner: type) -> Callable[..., Any]:
+        return owner.load_from if instance is None else instance._load_weights
+
+
+class LoadableMixin:
+    """Mixin that lets a `torch.nn.Module` be saved with its constructor's arguments.
+
+    ```python
+    class Net(LoadableMixin, nn.Sequential):
+        def __init__(self, channels):
+            super().__init__(nn.Linear(channels, 16), nn.ReLU())
+
+    Net(3).save("net.pt")
+    net = Net.load_from("net.pt")       # or, of any class, cassetta.io.load("net.pt")
+    Net(3).load("net.pt")               # fills a module that is there already
+    ```
+
+    Arguments can be plain values, tensors, classes, `functools.partial`s of classes, loadable
+    modules, and containers of these. Other modules do not know their own arguments: pass their
+    class or their name, or make them loadable first (`make_loadable`).
+    """
+
+    load = _LoadMethod()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+    def __init_subclass__(cls, /, save_args: bool = True, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _known[cls.__module__, cls.__qualname__] = cls
+        if save_args:
+            cls.__init__ = _remembering(cls)
+
+    def serialize(self) -> dict[str, Any]:
+        """The module as a dictionary of plain values, from which `load` builds it again.
+
+        Raises
+        ------
+        TypeError
+            If an argument of the constructor cannot be written as plain values.
+        """
+        cls = type(self)
+        cls = cls.__bases__[-1] if getattr(cls, "_is_made_loadable", False) else cls
+        arguments = getattr(self, "_arguments", ((), {}))
+        packed: dict[str, Any] = {
+            _KEY: VERSION,
+            "module": cls.__module__,
+            "qualname": cls.__qualname__,
+            "args": _pack(arguments[0], f"{cls.__name__} argument"),
+            "kwargs": _pack(arguments[1], f"{cls.__name__} argument"),
+        }
+        if isinstance(self, nn.Module):
+            packed["state"] = self.state_dict()
+        return packed
+
+    def save(self, path: str | os.PathLike | IO[bytes]) -> None:
+        """Save the module and what is needed to build it. An interrupted save leaves no trace.
+
+        Raises
+        ------
+        TypeError
+            If an argument of the constructor cannot be written as plain values.
+        """
+        save(self.serialize(), path)
+
+    @classmethod
+    def load_from(cls, source: Source, allow: Iterable[str] = ()) -> Any:
+        """Build a module from what `save` or `serialize` made.
+
+        Parameters
+        ----------
+        source : path, file or dict
+            What was saved.
+        allow : sequence of str
+            Further packages whose classes the file may name; all are imported if it does.
+
+        Raises
+        ------
+        TypeError
+            If the file holds another class than the one it is asked for.
+        ValueError
+            If the file holds no loadable module, or names a class that is not allowed.
+        """
+        packed = read(source)
+        hint = None if cls is LoadableMixin else cls
+        return _unpack_module(packed, tuple(allow), hint)
+
+    def _load_weights(self, source: Source) -> Any:
+        """Fill this module with the weights that `save` wrote."""
+        assert isinstance(self, nn.Module)
+        self.load_state_dict(read(source)["state"])
+        return self
+
+
+def load(source: Source, allow: Iterable[str] = ()) -> Any:
+    """Build a module, of whatever class, from what `LoadableMixin.save` wrote.
+
+    See `LoadableMixin.load_from`.
+    """
+    return LoadableMixin.load_from(source, allow)
+
+
+load_module = load
+
+
+def make_loadable(cls: type[nn.Module], save_args: bool = True) -> Any:
+    """A loadable subclass of a module class.
+
+    ```python
+    norm = make_loadable(nn.GroupNorm)(4, 16)
+    ```
+    """
+    name = "Loadable" + cls.__name__
+    body = {"__module__": cls.__module__, "__qualname__": name, "_is_made_loadable": True}
+    return type(name, (LoadableMixin, cls), body, save_args=save_args)
+
+
+def save(packed: dict[str, Any], path: str | os.PathLike | IO[bytes]) -> None:
+    """`torch.save`, but a file appears whole or not at all."""
+    if not isinstance(path, str | os.PathLike):
+        return torch.save(packed, path)
+    path = Path(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        torch.save(packed, part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _remembering(cls: type) -> Callable[..., None]:
+    """The constructor of `cls`, which also stores its arguments in the object."""
+    own = cls.__dict__.get("__init__")
+
+    def inherited(self: Any, *args: Any, **kwargs: Any) -> None:
+        super(cls, self).__init__(*args, **kwargs)
+
+    @functools.wraps(own or cls.__init__)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        if "_arguments" not in self.__dict__:  # those of the outermost class come first
+            self.__dict__["_arguments"] = _copied((args, kwargs))
+        (own or inherited)(self, *args, **kwargs)
+
+    return __init__
+
+
+def _copied(value: Any) -> Any:
+    """`value` with fresh containers, so that the caller may change the ones that were passed."""
+    if type(value) in (list, tuple):
+        return type(value)(map(_copied, value))
+    return {k: _copied(v) for k, v in value.items()} if type(value) is dict else value
+
+
+def _pack(value: Any, what: str) -> Any:
+    """`value` as plain values and tensors."""
+    if isinstance(value, LoadableMixin):
+        return value.serialize()
+    if isinstance(value, dict):
+        return {k: _pack(v, f"{what} {k}") for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_pack(v, f"{what} {i}") for i, v in enumerate(value))
+    if isinstance(value, type):
+        return {_CLASS: [value.__module__, value.__qualname__]}
+    if isinstance(value, functools.partial):
+        return {_PARTIAL: _pack([value.func, list(value.args), value.keywords], what)}
+    plain = (type(None), bool, int, float, complex, str, bytes, torch.Tensor, torch.dtype)
+    if isinstance(value, (*plain, torch.device)):
+        return value
+    if hasattr(value, "__index__"):  # an integer of numpy
+        return int(value)
+    fix = "pass a name or a class"
+    if isinstance(value, nn.Module):
+        fix = f"pass its name or class, or make_loadable({type(value).__name__})(...)"
+    raise TypeError(f"{what} = {value!r} ({type(value).__name__}) cannot be saved: {fix}")
+
+
+def read(source: Source) -> dict[str, Any]:
+    """The dictionary in a file that `save` wrote, on the CPU. No code from the file is run.
+
+    Raises
+    ------
+    ValueError
+        If it holds no loadable module.
+    """
+    packed = source
+    if not isinstance(packed, dict):
+        packed = torch.load(packed, map_location="cpu", weights_only=True)
+    if not isinstance(packed, dict) or _KEY not in packed:
+        raise ValueError(
+            f"{source if not isinstance(source, dict) else 'the dictionary'} holds no loadable "
+            "module: a bare state_dict goes to load_state_dict of a module built by hand"
+        )
+    return packed
+
+
+def _unpack(value: Any, allow: tuple[str, ...]) -> Any:
+    if isinstance(value, dict):
+        if _KEY in value:
+            return _unpack_module(value, allow, None)
+        if _CLASS in value:
+            module, qualname = value[_CLASS]
+            return _find(module, qualname, allow)
+        if _PARTIAL in value:
+            function, args, kwargs = _unpack(value[_PARTIAL], allow)
+            return functools.partial(function, *args, **kwargs)
+        return {k: _unpack(v, allow) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_unpack(v, allow) for v in value)
+    return value
+
+
+def _unpack_module(packed: dict[str, Any], allow: tuple[str, ...], hint: type | None) -> Any:
+    module, qualname = packed["module"], packed["qualname"]
+    if hint is not None and hint.__qualname__ == qualname:
+        cls = hint  # it may have moved to another file since
+    else:
+        cls = _find(module, qualname, allow)
+        if hint is not None and not issubclass(cls, hint):
+            raise TypeError(f"the file holds a {qualname}, not a {hint.__qualname__}")
+    if not issubclass(cls, LoadableMixin):
+        cls = make_loadable(cls)
+    obj = cls(*_unpack(packed.get("args", ()), allow), **_unpack(packed.get("kwargs", {}), allow))
+    if "state" in packed and isinstance(obj, nn.Module):
+        obj.load_state_dict(packed["state"])
+    return obj
+
+
+def _find(module: str, qualname: str, allow: tuple[str, ...]) -> type:
+    """The class that a file names, if it is known already or lies in an allowed package."""
+    if (module, qualname) in _known:
+        return _known[module, qualname]
+    packages = (*ALLOWED, *allow)
+    if not any(module == p or module.startswith(p + ".") for p in packages):
+        raise ValueError(
+            f"the file names the class {module}.{qualname}, outside the packages it may name "
+            f"({', '.join(packages)}): if you trust it, pass allow=[{module.split('.')[0]!r}]"
+        )
+    found: Any = importlib.import_module(module)
+    for name in qualname.split("."):
+        found = getattr(found, name)
+    if not isinstance(found, type) or not issubclass(found, (nn.Module, LoadableMixin)):
+        raise ValueError(f"the file names {module}.{qualname}, which is no class of modules")
+    return found
