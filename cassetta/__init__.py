@@ -1,0 +1,22 @@
+"""Convolutional backbones for 1-D, 2-D and 3-D images.
+
+backbones   ConvEncoder, ConvDecoder, UNet, MeshNet, ATrousNet
+layers      what they are built of: ConvBlock, ConvGroup, Down/UpConvGroup, ...
+models      SegNet: features, backbone, classes
+io          modules that save how they were built
+functional  what the layers compute
+kernels     who computes it, and why
+"""
+
+from cassetta import (
+    backbones as backbones,
+    core as core,
+    functional as functional,
+    io as io,
+    kernels as kernels,
+    layers as layers,
+    models as models,
+)
+from cassetta.kernels.dispatch import set_backend as set_backend, use_backend as use_backend
+
+__version__ = "0.1.0"

@@ -1,0 +1,257 @@
+"""Fully convolutional encoders and decoders."""
+
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+
+from cassetta.core import check
+from cassetta.core.typing import (
+    ActivationType,
+    AttentionType,
+    DropoutType,
+    NormType,
+    OneOrSeveral,
+)
+from cassetta.core.utils import extrapolate
+from cassetta.io.loadable import LoadableMixin
+from cassetta.layers import ConvGroup, DownConvGroup, UpConvGroup
+from cassetta.layers.levels import resampling
+from cassetta.layers.simple import Stack
+
+
+class _Default(int):
+    """A default that can be told from the same number given by the caller."""
+
+
+class _Levels(LoadableMixin, Stack):
+    @property
+    def all_out_channels(self) -> list[int]:
+        """Number of channels that leave each level."""
+        return [level.out_channels for level in self]
+
+
+def _features(nb_features: Any, nb_levels: int, step: Callable[[int, int], float]) -> list[int]:
+    """Number of features per level.
+
+    A list has one entry per level, and so says how many there are, as upstream has it; a larger
+    `nb_levels` that was given too continues it.
+    """
+    features = check.several("nb_features", nb_features)
+    depth = check.whole("nb_levels", nb_levels)
+    is_list = not hasattr(nb_features, "__index__")
+    if is_list:
+        depth = len(features) if isinstance(nb_levels, _Default) else max(depth, len(features))
+    return extrapolate(features, depth, step)
+
+
+class ConvEncoder(_Levels):
+    """A fully convolutional encoder: a `ConvGroup`, then a `DownConvGroup` per further level."""
+
+    def __init__(
+        self,
+        ndim: int,
+        nb_features: OneOrSeveral[int] = 16,
+        mul_features: int = 2,
+        nb_levels: int = _Default(3),
+        nb_conv_per_level: int = 2,
+        kernel_size: OneOrSeveral[int] = 3,
+        residual: bool = False,
+        activation: ActivationType = "ReLU",
+        norm: NormType = None,
+        dropout: DropoutType = None,
+        attention: AttentionType = None,
+        order: str = "cndax",
+        pool_factor: OneOrSeveral[int] = 2,
+        pool_mode: str = "interpolate",
+    ) -> None:
+        """
+        Parameters
+        ----------
+        ndim : {1, 2, 3}
+            Number of spatial dimensions.
+        nb_features : [list of] int
+            Number of features at the finest level. If a list, at each level, and the list says how
+            many levels there are; a larger `nb_levels` that is given too continues it.
+        mul_features : int
+            Multiply the number of features by this when going down a level.
+        nb_levels : int
+            Number of levels.
+        nb_conv_per_level : int
+            Number of convolutions at each level.
+        kernel_size, residual, activation, norm, dropout, attention, order
+            See `ConvGroup`.
+        pool_factor : [list of] int
+            Downsampling factor, per dimension.
+        pool_mode : {"interpolate", "conv", "pool"}
+            Go down by linear interpolation, strided convolution, or max pooling.
+        """
+        factor = check.positive("mul_features", mul_features)
+        features = _features(nb_features, nb_levels, lambda last, n: last * factor**n)
+        options: dict[str, Any] = {
+            "nb_conv": nb_conv_per_level, "kernel_size": kernel_size, "residual": residual,
+            "activation": activation, "norm": norm, "dropout": dropout, "attention": attention,
+            "order": order,
+        }  # fmt: skip
+        down = partial(DownConvGroup, factor=pool_factor, mode=resampling("pool_mode", pool_mode))
+        super().__init__(
+            ConvGroup(ndim, features[0], **options),
+            *(down(ndim, fine, coarse, **options) for fine, coarse in pairwise(features)),
+        )
+
+    def forward(self, inp: Tensor, *, return_all: bool = False) -> Any:
+        """
+        Parameters
+        ----------
+        inp : (B, inp_channels, *size) tensor
+            Features.
+        return_all : bool
+            Return what leaves each level, from finest to coarsest, not only the last.
+
+        Returns
+        -------
+        out : [tuple of] (B, out_channels, *out_size) tensor
+
+        Raises
+        ------
+        ValueError
+            If the image is too small to be divided by `pool_factor` at every level.
+        """
+        self._check(inp)
+        out, outputs = inp, []
+        for level in self:
+            out = level(out)
+            if return_all:
+                outputs.append(out)
+        return tuple(outputs) if return_all else out
+
+    def _check(self, inp: Tensor) -> None:
+        """Refuse what some level could not work with, before the first one has worked."""
+        check.image(inp, self[0][0].ndim, self.inp_channels)
+        least = [1] * (inp.ndim - 2)
+        for level in list(self)[1:]:
+            least = [n * f for n, f in zip(least, level[0].factor, strict=True)]
+        if any(n < m for n, m in zip(inp.shape[2:], least, strict=True)):
+            raise ValueError(
+                f"inp has size {tuple(inp.shape[2:])}, but {len(self)} levels need {tuple(least)}: "
+                "pad the image or use fewer levels"
+            )
+
+
+class ConvDecoder(_Levels):
+    """A fully convolutional decoder: an `UpConvGroup` per level but the coarsest."""
+
+    def __init__(
+        self,
+        ndim: int,
+        nb_features: OneOrSeveral[int] = 16,
+        div_features: int = 2,
+        nb_levels: int = _Default(3),
+        nb_conv_per_level: int = 2,
+        skip: bool | OneOrSeveral[int] = False,
+        kernel_size: OneOrSeveral[int] = 3,
+        residual: bool = False,
+        activation: ActivationType = "ReLU",
+        norm: NormType = None,
+        dropout: DropoutType = None,
+        attention: AttentionType = None,
+        order: str = "cndax",
+        unpool_factor: OneOrSeveral[int] = 2,
+        unpool_mode: str = "interpolate",
+    ) -> None:
+        """
+        Parameters
+        ----------
+        ndim : {1, 2, 3}
+            Number of spatial dimensions.
+        nb_features : [list of] int
+            Number of features at the coarsest level, where the decoder begins. If a list, at each
+            level, and the list says how many levels there are; a larger `nb_levels` that is given
+            too continues it.
+        div_features : int
+            Divide the number of features by this when going up a level.
+        nb_levels : int
+            Number of levels.
+        nb_conv_per_level : int
+            Number of convolutions at each level.
+        skip : bool or [list of] int
+            Number of channels of the skip connections to concatenate, at each level but the
+            coarsest; True, as many as there are features. Where it is 0 (or False), skip
+            connections are added if they are given.
+        kernel_size, residual, activation, norm, dropout, attention, order
+            See `ConvGroup`.
+        unpool_factor : [list of] int
+            Upsampling factor, per dimension.
+        unpool_mode : {"interpolate", "conv"}
+            Go up by linear interpolation or transposed convolution. "pool" means "interpolate".
+        """
+        factor = check.positive("div_features", div_features)
+        features = _features(nb_features, nb_levels, lambda last, n: last // factor**n)
+        options: dict[str, Any] = {
+            "nb_conv": nb_conv_per_level, "kernel_size": kernel_size, "residual": residual,
+            "activation": activation, "norm": norm, "dropout": dropout, "attention": attention,
+            "order": order,
+        }  # fmt: skip
+        mode = resampling("unpool_mode", unpool_mode).replace("p", "i")
+        up = partial(UpConvGroup, factor=unpool_factor, mode=mode)
+        steps = zip(features[:-1], features[1:], _skips(skip, features), strict=True)
+        super().__init__(
+            *(up(ndim, coarse, fine, skip=skip, **options) for coarse, fine, skip in steps)
+        )
+        self._channels = features[0]  # where there is one level, and so no way up
+
+    def forward(self, *inp: Tensor, return_all: bool = False) -> Any:
+        """
+        Parameters
+        ----------
+        *inp : (B, channels, *size) tensor
+            Features at the coarsest level, then skip connections from coarsest to finest. Those
+            beyond the finest level are ignored. Where a size is not `unpool_factor` times that of
+            the level below, the last voxel is repeated, or what is too much is cropped.
+        return_all : bool
+            Return what leaves each level, from coarsest to finest, not only the last.
+
+        Returns
+        -------
+        out : [tuple of] (B, out_channels, *out_size) tensor
+        """
+        if not inp:
+            raise ValueError("inp=() is empty: give at least the features of the coarsest level")
+        out, *skips = inp
+        self._check(out, skips)
+        outputs = []
+        for n, level in enumerate(self):
+            out = level(out, *skips[n : n + 1])
+            if return_all:
+                outputs.append(out)
+        return tuple(outputs) if return_all else out
+
+    def _check(self, inp: Tensor, skips: list[Tensor]) -> None:
+        """Refuse what some level could not work with, before the first one has worked."""
+        check.image(inp, inp.ndim - 2, self.inp_channels)
+        shape = inp.shape
+        for n, level in enumerate(self):
+            shape = level.check(shape, skips[n : n + 1])
+
+    @property
+    def inp_channels(self) -> int:
+        return self[0].inp_channels if len(self) else self._channels
+
+    @property
+    def out_channels(self) -> int:
+        return self[-1].out_channels if len(self) else self._channels
+
+
+def _skips(skip: bool | OneOrSeveral[int], features: list[int]) -> list[int]:
+    """Number of concatenated channels at each level but the coarsest."""
+    nb_skips = len(features) - 1
+    if isinstance(skip, bool):
+        return features[1:] if skip else [0] * nb_skips
+    if hasattr(skip, "__index__"):
+        return [check.whole("skip", skip, least=0)] * nb_skips
+    channels = check.several("skip", skip, least=0) if len(skip) else []  # type: ignore[arg-type]
+    if len(channels) > nb_skips:
+        raise ValueError(f"skip={skip!r} has {len(channels)} values for {nb_skips} levels")
+    return channels + [0] * (nb_skips - len(channels))
