@@ -1,0 +1,34 @@
+"""The comparisons that tests share. Both assert; neither is ever called for its value."""
+
+import torch
+from torch import Tensor, nn
+
+
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
+    """Equal up to `tolerance` relative to the largest expected value; same shape and dtype.
+
+    1e-10 leaves room for float64 sums of up to a million terms taken in another order, and for
+    nothing else: a wrong tap or weight is off by more than 1e-3.
+    """
+    scale = expected.abs().max().item() if expected.numel() else 0.0
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * max(scale, 1e-30))
+
+
+def image(*shape: int, dtype: torch.dtype = torch.float64, grad: bool = True) -> Tensor:
+    """Normal noise (B, C, *size) that asks for its gradient."""
+    return torch.randn(*shape, dtype=dtype, requires_grad=grad)
+
+
+def assert_gradients(module: nn.Module, inp: Tensor) -> None:
+    """The gradients of input and parameters agree with finite differences, in float64.
+
+    In fast mode: one random projection of the Jacobian, which no wrong gradient passes twice.
+    """
+    module = module.double()
+    names = [name for name, _ in module.named_parameters()]
+
+    def run(inp: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), (inp,))
+
+    inputs = (inp, *(p.detach().clone().requires_grad_() for p in module.parameters()))
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)

@@ -1,0 +1,145 @@
+"""The package as others meet it: installed from its wheel, imported, and read."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = (ROOT / "pyproject.toml").read_text()
+
+# every part may import those after it, and none before it
+FLOORS = ["cli", "summary", "models", "backbones", "layers", "io", "functional", "kernels", "core"]
+
+
+def python(*args, cwd, **environment):
+    """Run Python away from the checkout, and return what it printed."""
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CASSETTA_BACKEND")}
+    done = subprocess.run(
+        [*args], cwd=cwd, env={**env, **environment}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def sources():
+    for folder in ("cassetta", "kernels"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if "kernels" not in path.relative_to(ROOT).parts[1:]:  # the link in cassetta/
+                yield path
+
+
+def part_of(module):
+    """The part of the package that a dotted name belongs to."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "cassetta" and len(parts) > 1 else None
+
+
+def imported_modules(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_imports_go_one_way():
+    for path in sources():
+        place = path.relative_to(ROOT).with_suffix("").parts
+        own = "kernels" if place[0] == "kernels" else place[1]
+        if own in ("__init__", "__main__"):
+            continue
+        for module in imported_modules(path):
+            other = part_of(module)
+            if other in FLOORS:
+                assert FLOORS.index(other) >= FLOORS.index(own), f"{path} imports {module}"
+
+
+def test_only_the_kernels_know_of_devices_and_triton():
+    asks = re.compile(r"\bis_cuda\b|\btorch\.cuda\b|\bimport triton\b|\bfrom triton\b")
+    for path in sources():
+        if path.relative_to(ROOT).parts[0] == "kernels" or "cli" in path.parts:
+            continue
+        assert not asks.search(path.read_text()), path
+
+
+def test_files_and_lines_are_short():
+    for path in sources():
+        assert len(path.read_text().splitlines()) <= 400, path
+
+
+def test_the_listed_packages_are_those_in_the_tree():
+    listed = re.search(r"^packages = \[(.*?)\]", PYPROJECT, re.DOTALL | re.MULTILINE)[1]
+    found = {
+        ".".join(p.parent.relative_to(ROOT).parts) for p in sources() if p.name == "__init__.py"
+    }
+    found = {name.replace("kernels", "cassetta.kernels") for name in found}
+    assert set(re.findall(r'"(.*?)"', listed)) == found
+    assert (ROOT / "cassetta" / "kernels").resolve() == ROOT / "kernels"
+
+
+def test_importing_cassetta_imports_neither_triton_nor_any_extra(tmp_path):
+    extras = ["triton", "nibabel", "nilearn", "matplotlib", "scipy", "pandas"]
+    code = f"import sys, cassetta; print([m for m in {extras} if m in sys.modules])"
+    assert python(sys.executable, "-c", code, cwd=tmp_path).strip() == "[]"
+
+
+def test_kernels_at_the_root_cannot_be_imported_twice():
+    done = subprocess.run(
+        [sys.executable, "-c", "import kernels"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "is cassetta.kernels" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    python(sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT), cwd=folder)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_everything(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for path in sources():
+        place = str(path.relative_to(ROOT))
+        assert place.replace("kernels/", "cassetta/kernels/", 1) in names
+    assert "cassetta/py.typed" in names
+    assert not any(name.startswith(("kernels/", "tests/", "bench/")) for name in names)
+
+
+def test_the_wheel_installed_works_from_another_folder(wheel, tmp_path):
+    """Upstream's wheel holds two files. This one is installed alone, beside our dependencies."""
+    venv.create(tmp_path / "venv", with_pip=False)
+    bin_ = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin")
+    site = python(
+        bin_ / "python",
+        "-c",
+        "import sysconfig; print(sysconfig.get_path('purelib'))",
+        cwd=tmp_path,
+    ).strip()
+    python(
+        sys.executable, "-m", "pip", "install", "--no-deps", "--target", site, wheel, cwd=tmp_path
+    )
+    ours = [p for p in sys.path if p.endswith(("site-packages", "dist-packages"))]
+    (Path(site) / "dependencies.pth").write_text("\n".join(ours))
+    code = (
+        "import cassetta, torch; from cassetta.kernels import why_reference;"
+        "print(cassetta.__file__);"
+        "print(cassetta.models.SegNet(2, 1, 3, backbone='MeshNet')(torch.ones(2, 1, 4, 4)).shape)"
+    )
+    out = python(bin_ / "python", "-c", code, cwd=tmp_path)
+    assert str(Path(site) / "cassetta") in out
+    assert "torch.Size([2, 3, 4, 4])" in out
+    assert "Triton" in python(bin_ / "python", "-m", "cassetta", "doctor", cwd=tmp_path)
