@@ -1,0 +1,31 @@
+"""The command line: `cassetta demo`, `cassetta predict`, `cassetta doctor`.
+
+A command is a module with `add_arguments(parser)` and `run(arguments) -> exit code`. What a command
+needs beyond the package itself (nibabel, nilearn, matplotlib: the extra "demo") it imports when it
+runs, so that the command line works without.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from cassetta.cli import demo, doctor, predict
+from cassetta.cli.errors import CommandError
+
+COMMANDS = {"demo": demo, "predict": predict, "doctor": doctor}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code (2 for a request that cannot be met)."""
+    parser = argparse.ArgumentParser("cassetta", description="Convolutional backbones for images.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        text = module.__doc__ or ""
+        one = commands.add_parser(name, help=text.split("\n")[0], description=text)
+        module.add_arguments(one)
+    arguments = parser.parse_args(argv)
+    try:
+        return COMMANDS[arguments.command].run(arguments)
+    except CommandError as error:
+        print(f"cassetta {arguments.command}: {error}", file=sys.stderr)
+        return 2
