@@ -6,6 +6,8 @@ models      SegNet: features, backbone, classes
 io          modules that save how they were built
 functional  what the layers compute
 kernels     who computes it, and why
+
+`summary(net, shape)` says what a network costs, block by block.
 """
 
 from cassetta import (
@@ -17,6 +19,7 @@ from cassetta import (
     layers as layers,
     models as models,
 )
+from cassetta.costs import summary as summary
 from cassetta.kernels.dispatch import set_backend as set_backend, use_backend as use_backend
 
 __version__ = "0.1.0"

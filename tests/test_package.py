@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 
 # every part may import those after it, and none before it
-FLOORS = ["cli", "summary", "models", "backbones", "layers", "io", "functional", "kernels", "core"]
+FLOORS = ["cli", "costs", "models", "backbones", "layers", "io", "functional", "kernels", "core"]
 
 
 def python(*args, cwd, **environment):
@@ -76,10 +76,8 @@ def test_files_and_lines_are_short():
 
 def test_the_listed_packages_are_those_in_the_tree():
     listed = re.search(r"^packages = \[(.*?)\]", PYPROJECT, re.DOTALL | re.MULTILINE)[1]
-    found = {
-        ".".join(p.parent.relative_to(ROOT).parts) for p in sources() if p.name == "__init__.py"
-    }
-    found = {name.replace("kernels", "cassetta.kernels") for name in found}
+    folders = {p.parent.relative_to(ROOT) for p in sources() if p.name == "__init__.py"}
+    found = {".".join(f.parts).replace("kernels", "cassetta.kernels") for f in folders}
     assert set(re.findall(r'"(.*?)"', listed)) == found
     assert (ROOT / "cassetta" / "kernels").resolve() == ROOT / "kernels"
 
@@ -91,13 +89,8 @@ def test_importing_cassetta_imports_neither_triton_nor_any_extra(tmp_path):
 
 
 def test_kernels_at_the_root_cannot_be_imported_twice():
-    done = subprocess.run(
-        [sys.executable, "-c", "import kernels"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    line = [sys.executable, "-c", "import kernels"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "is cassetta.kernels" in done.stderr
 
@@ -123,15 +116,10 @@ def test_the_wheel_installed_works_from_another_folder(wheel, tmp_path):
     """Upstream's wheel holds two files. This one is installed alone, beside our dependencies."""
     venv.create(tmp_path / "venv", with_pip=False)
     bin_ = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin")
-    site = python(
-        bin_ / "python",
-        "-c",
-        "import sysconfig; print(sysconfig.get_path('purelib'))",
-        cwd=tmp_path,
-    ).strip()
-    python(
-        sys.executable, "-m", "pip", "install", "--no-deps", "--target", site, wheel, cwd=tmp_path
-    )
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = python(bin_ / "python", "-c", where, cwd=tmp_path).strip()
+    install = ["-m", "pip", "install", "--no-deps", "--target", site, wheel]
+    python(sys.executable, *install, cwd=tmp_path)
     ours = [p for p in sys.path if p.endswith(("site-packages", "dist-packages"))]
     (Path(site) / "dependencies.pth").write_text("\n".join(ours))
     code = (

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, test, draw; 130 if Ctrl-C ended the training (the weights are saved all the same)."""
-    console = Console()
+    console = Console(soft_wrap=True)
     _check(arguments)
     patch = arguments.patch or PATCH[arguments.ndim]
     batch = arguments.batch or BATCH[arguments.ndim]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cassetta.cli.errors import CommandError
+from cassetta.costs import summary
 from cassetta.io import loadable
 from cassetta.models import SegNet
 
@@ -60,15 +61,14 @@ def build(ndim: int, nb_classes: int, backbone: str, opt_backbone: dict[str, Any
     """A network from one channel to `nb_classes` that preserves the size of an image."""
     try:
         net = SegNet(ndim, 1, nb_classes, backbone=backbone, opt_backbone=opt_backbone)
-        shape = (1, 1, *[32] * ndim)
-        empty = {name: tensor.to("meta") for name, tensor in net.state_dict().items()}
-        out = torch.func.functional_call(net.eval(), empty, torch.empty(shape, device="meta"))
+        size = (64,) * ndim
+        out = summary(net, (1, 1, *size))[-1].shape[2:]
     except (TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
-    if out.shape[2:] != torch.Size(shape[2:]):
+    if out != size:
         raise CommandError(
-            f"--backbone {backbone} with {opt_backbone} turns {shape[2:]} voxels into "
-            f"{tuple(out.shape[2:])}: every voxel needs a label"
+            f"--backbone {backbone} with {opt_backbone} turns {size} voxels into {out}: "
+            "every voxel needs a label"
         )
     return net
 

@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     labels = onto_grid(guess.cpu().numpy(), volume.affine, original)
     _write(np.asarray(known.values)[labels], original, out)
     counts = np.bincount(labels.ravel(), minlength=len(known.names))
-    console = Console()
+    console = Console(soft_wrap=True)
     for name, value, count in zip(known.names, known.values, counts, strict=True):
         console.print(f"{value:>6}  {name:<16} {count:>10} voxels  {count / labels.size:6.1%}")
     console.print(f"written to {out}")

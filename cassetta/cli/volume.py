@@ -65,10 +65,10 @@ def read(image: Path, labels: Path | None, resolution: float) -> Volume:
         raise CommandError(
             f"{labels} ({truth.shape}) and {image} ({original.shape}) lie on different grids"
         )
+    if len(kinds := np.unique(np.asarray(truth.dataobj).round())) < 2:
+        raise CommandError(f"{labels} holds only the value {kinds[0]:g}: there is nothing to learn")
     numbers = np.asarray(_regrid(truth, resolution, order=0).dataobj).round().astype(np.int64)
     found, dense = np.unique(numbers, return_inverse=True)
-    if len(found) < 2:
-        raise CommandError(f"{labels} holds only the value {found[0]}: there is nothing to learn")
     names = tuple(f"label {n}" for n in found)
     dense = torch.from_numpy(dense.reshape(numbers.shape))
     return Volume(seen, dense, names, tuple(map(int, found)), head.affine, image.name)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+from bounds import to_enum
 from torch import Tensor
 
 T = TypeVar("T")
@@ -76,6 +77,17 @@ def named(
         near = keys.get(next(iter(difflib.get_close_matches(spell(str(value)), keys, n=1)), ""))
         raise ValueError(f"{name}={value!r} is unknown: use {_listed(near, list(table))}")
     return table[keys[spell(value)]]
+
+
+def bound(name: str, value: Any) -> None:
+    """A boundary condition, or a list of them, in the names of torch-bounds."""
+    try:
+        to_enum(value)
+    except (ValueError, TypeError):
+        words = "zeros, replicate, mirror (dct1), reflect (dct2), antimirror (dst1), antireflect"
+        raise ValueError(
+            f"{name}={value!r} is unknown: use {words} (dst2) or circular (dft)"
+        ) from None
 
 
 def image(inp: Any, ndim: int, channels: int | None = None, name: str = "inp") -> None:

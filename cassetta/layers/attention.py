@@ -7,13 +7,7 @@ from torch import Tensor, nn
 
 from cassetta import functional
 from cassetta.core import check
-from cassetta.core.typing import (
-    ActivationType,
-    AttentionType,
-    DataType,
-    DeviceType,
-    OneOrSeveral,
-)
+from cassetta.core.typing import ActivationType, AttentionType, DataType, DeviceType, OneOrSeveral
 from cassetta.core.utils import build, to_torch_dtype
 from cassetta.layers.activations import make_activation
 from cassetta.layers.conv import Conv
@@ -345,7 +339,7 @@ class DotProductAttention(nn.Module):
             self.combine = Linear(self.nb_heads * self.val_channels, channels, **options)
 
     def forward(self, inp: Tensor) -> Tensor:
-        """(B, heads (2K + V), *size) -> (B, heads V, *size), or (B, channels, *size) -> the same"""
+        """(B, heads (2K + V), *size) -> (B, heads V, *size); with `channels`, shape preserved"""
         qkv = self.project(inp) if self.project else inp
         check.image(qkv, qkv.ndim - 2, self.stacked_channels)
         out = functional.dot_product_attention(

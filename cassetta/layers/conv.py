@@ -129,14 +129,7 @@ class _Conv(Weighted):
                 raise ValueError(f"padding='same' is impossible with stride={self.stride}")
         else:
             self.padding = check.per_dimension("padding", self.padding, ndim, 0)
-        try:
-            to_enum(self.padding_mode)
-        except (ValueError, TypeError):
-            accepted = "zeros, replicate, mirror (dct1), reflect (dct2), antimirror (dst1), "
-            accepted += "antireflect (dst2), circular (dft)"
-            raise ValueError(
-                f"padding_mode={self.padding_mode!r} is unknown: use {accepted}"
-            ) from None
+        check.bound("padding_mode", self.padding_mode)
 
     @property
     def geometry(self) -> Geometry:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import interpol
-from bounds import to_enum
 from torch import Tensor, nn
 
 from cassetta import functional
@@ -24,12 +23,7 @@ def _spline(interpolation: Any, bound: Any) -> tuple[Any, Any]:
     for order in interpolation if isinstance(interpolation, (list, tuple)) else [interpolation]:
         name = order.lower() if isinstance(order, str) else order
         check.one_of("interpolation", name, [*_ORDERS, *range(len(_ORDERS))])
-    try:
-        to_enum(bound)
-    except (ValueError, TypeError):
-        raise ValueError(
-            f"bound={bound!r} is unknown: use zero, replicate, dct1, dct2, dst1, dst2 or dft"
-        ) from None
+    check.bound("bound", bound)
     return interpolation, bound
 
 

@@ -20,7 +20,7 @@ _POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 _UNPOOL = {1: nn.MaxUnpool1d, 2: nn.MaxUnpool2d, 3: nn.MaxUnpool3d}
 
 
-class _Level:
+class Level:
     """What every way down or up knows of itself."""
 
     inp_channels: int
@@ -48,7 +48,7 @@ class _Level:
         return [_CONV[len(self.factor)](self.inp_channels, self.out_channels, kernel_size=1)]
 
 
-class DownConv(_Level, nn.Module):
+class DownConv(Level, nn.Module):
     """Downsample by a convolution whose stride is its kernel size."""
 
     def __init__(
@@ -85,7 +85,7 @@ class DownConv(_Level, nn.Module):
         return self.conv(inp)
 
 
-class UpConv(_Level, nn.Module):
+class UpConv(Level, nn.Module):
     """Upsample by a transposed convolution whose stride is its kernel size."""
 
     def __init__(
@@ -122,7 +122,7 @@ class UpConv(_Level, nn.Module):
         return self.conv(inp)
 
 
-class DownPool(_Level, nn.Sequential):
+class DownPool(Level, nn.Sequential):
     """Downsample by max pooling, then change channels by a 1x1 convolution."""
 
     def __init__(
@@ -177,7 +177,7 @@ class DownPool(_Level, nn.Sequential):
         return conv(pool(inp))
 
 
-class UpPool(_Level, nn.Sequential):
+class UpPool(Level, nn.Sequential):
     """Change channels by a 1x1 convolution, then put each voxel where a maximum was found."""
 
     def __init__(
@@ -231,7 +231,7 @@ class UpPool(_Level, nn.Sequential):
         return unpool(conv(inp), indices, None if out_size is None else list(out_size))
 
 
-class DownInterpol(_Level, nn.Sequential):
+class DownInterpol(Level, nn.Sequential):
     """Downsample by spline interpolation, then change channels by a 1x1 convolution.
 
     The numbers are those of torch-interpol: see `Resize`.
@@ -276,7 +276,7 @@ class DownInterpol(_Level, nn.Sequential):
         return conv[0](out) if conv else out
 
 
-class UpInterpol(_Level, nn.Sequential):
+class UpInterpol(Level, nn.Sequential):
     """Change channels by a 1x1 convolution, then upsample by spline interpolation.
 
     The numbers are those of torch-interpol: see `Resize`. With the default boundary condition the

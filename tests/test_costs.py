@@ -1,0 +1,111 @@
+"""What a network costs, against a run that really happens."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import cassetta
+from cassetta.backbones import ATrousNet, ConvEncoder, MeshNet, UNet
+from cassetta.layers import ConvGroup
+from cassetta.models import SegNet
+
+NETS = {
+    "unet": lambda: UNet(2, 4, nb_levels=3, norm="instance"),
+    "meshnet": lambda: MeshNet(3, 5, nb_layers=2, norm="batch", dropout=0.2),
+    "atrous": lambda: ATrousNet(2, 4, nb_levels=2, residual=True),
+    "encoder": lambda: ConvEncoder(1, 4, attention="sqzex", activation="GELU"),
+    "segnet": lambda: SegNet(2, 3, 2, opt_backbone={"nb_features": 4, "nb_levels": 2}),
+    "recurrent": lambda: ConvGroup(2, 4, nb_conv=3, recurrent=True, norm=2),
+}
+
+
+def shape(net):
+    return (2, net.inp_channels, *[16] * NDIM[type(net).__name__])
+
+
+NDIM = {"UNet": 2, "MeshNet": 3, "ATrousNet": 2, "ConvEncoder": 1, "SegNet": 2, "ConvGroup": 2}
+
+
+def really(net, inp):
+    """Operations, and bytes kept for backward beyond the parameters, of a run on the CPU."""
+    held = {p.untyped_storage()._cdata for p in net.parameters()}
+    kept = {}
+
+    def save(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in held:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with (
+        FlopCounterMode(display=False) as flops,
+        torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
+    ):
+        net(inp)
+    return flops.get_total_flops(), sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_counts_are_those_of_a_run(name):
+    net = NETS[name]()
+    found = cassetta.summary(net, shape(net))
+    flops, kept = really(net, torch.randn(shape(net)))
+    assert found.parameters == sum(p.numel() for p in net.parameters())
+    assert found.flops == flops
+    assert found.kept_bytes == pytest.approx(kept, rel=0.01)
+
+
+def test_a_convolution_by_hand():
+    net = nn.Sequential(cassetta.layers.Conv(2, 3, 5, padding="same"))
+    (row,) = cassetta.summary(net, (2, 3, 8, 8))
+    assert row.shape == (2, 5, 8, 8)
+    assert row.parameters == 5 * 3 * 9 + 5
+    assert row.flops == 2 * 5 * 3 * 9 * 2 * 64
+    assert row.kept_bytes == 2 * 3 * 64 * 4  # its input, for the gradient of the weights
+    assert row.engine == "reference"
+
+
+def test_one_row_per_block():
+    found = cassetta.summary(NETS["segnet"](), (1, 3, 8, 8))
+    assert [row.kind for row in found] == [
+        "ConvBlock", "ConvBlock", "ConvBlock", "DownPool", "ConvBlock", "ConvBlock", "UpConv",
+        "ConvBlock", "ConvBlock", "ConvBlock",
+    ]  # fmt: skip
+    assert found[0].name == "0"
+    assert found[3].name == "1.encoder.1.0"
+    assert len(found) == 10
+
+
+def test_prints_as_a_table_with_its_reason():
+    text = str(cassetta.summary(NETS["unet"](), torch.randn(1, 4, 16, 16)))
+    assert "encoder.0.0" in text
+    assert "total" in text
+    assert "no Triton kernels yet" in text
+
+
+@pytest.mark.parametrize("name", ["meshnet", "recurrent"])
+def test_nothing_is_changed(name):
+    net = NETS[name]()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    random = torch.get_rng_state()
+    cassetta.summary(net, shape(net))
+    for name, tensor in net.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(p.grad is None for p in net.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+    assert net.training
+
+
+def test_an_image_that_does_not_fit_leaves_no_hooks():
+    net = NETS["unet"]()
+    with pytest.raises(ValueError, match="3 levels need"):
+        cassetta.summary(net, (1, 4, 2, 2))
+    assert not any(m._forward_hooks for m in net.modules())
+
+
+def test_a_huge_network_costs_nothing_to_look_at():
+    net = SegNet.preset("mindgrab")
+    found = cassetta.summary(net, (1, 1, 256, 256, 256))
+    assert found.flops == pytest.approx(4.9e12, rel=0.01)
