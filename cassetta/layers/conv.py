@@ -331,6 +331,8 @@ class SeparableConv(nn.Sequential):
     The parameters are those of `Conv`, without a stride.
     """
 
+    summed: ClassVar[bool] = False
+
     def __init__(
         self,
         ndim: int,
@@ -349,6 +351,8 @@ class SeparableConv(nn.Sequential):
         out_channels = inp_channels if out_channels is None else out_channels
         sizes = check.per_dimension("kernel_size", kernel_size, ndim)
         steps = check.per_dimension("dilation", dilation, ndim)
+        if padding != "same" and self.summed:
+            raise ValueError(f"padding={padding!r} must be 'same', for the sum to have one size")
         if not isinstance(padding, str):
             padding = check.per_dimension("padding", padding, ndim, 0)
         layers = []
@@ -380,10 +384,7 @@ class CrossHairConv(SeparableConv):
     the sum has no common size.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if any(conv.padding != "same" for conv in self):
-            raise ValueError(f"padding={self[0].padding!r} must be 'same' in CrossHairConv")
+    summed = True
 
     @staticmethod
     def _channels(inp: int, out: int, axis: int, ndim: int) -> tuple[int, int]:

@@ -60,36 +60,36 @@ class _Sampler(nn.Module):
 class GridPull(_Sampler):
     """Sample an image at given coordinates."""
 
-    def forward(self, inp: Tensor, grid: Tensor) -> Tensor:
-        """inp (B, C, *size), grid (B, ndim, *out_size) -> (B, C, *out_size)
+    def forward(self, input: Tensor, grid: Tensor) -> Tensor:
+        """input (B, C, *size), grid (B, ndim, *out_size) -> (B, C, *out_size)
 
         An integer image is a label map: every label is sampled, and the strongest wins.
         """
-        return interpol.grid_pull(inp, grid.movedim(1, -1), **self._options())
+        return interpol.grid_pull(input, grid.movedim(1, -1), **self._options())
 
 
 class FlowPull(GridPull):
     """Sample an image at displaced coordinates."""
 
-    def forward(self, inp: Tensor, flow: Tensor) -> Tensor:
-        """inp (B, C, *size), flow (B, ndim, *out_size) -> (B, C, *out_size)"""
-        return super().forward(inp, _displaced(flow))
+    def forward(self, input: Tensor, flow: Tensor) -> Tensor:
+        """input (B, C, *size), flow (B, ndim, *out_size) -> (B, C, *out_size)"""
+        return super().forward(input, _displaced(flow))
 
 
 class GridPush(_Sampler):
     """Splat an image onto given coordinates: the adjoint of `GridPull`."""
 
-    def forward(self, inp: Tensor, grid: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-        """inp (B, C, *size), grid (B, ndim, *size) -> (B, C, *shape); `shape` defaults to size"""
-        return interpol.grid_push(inp, grid.movedim(1, -1), shape, **self._options())
+    def forward(self, input: Tensor, grid: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        """input (B, C, *size), grid (B, ndim, *size) -> (B, C, *shape); `shape` defaults to size"""
+        return interpol.grid_push(input, grid.movedim(1, -1), shape, **self._options())
 
 
 class FlowPush(GridPush):
     """Splat an image onto displaced coordinates: the adjoint of `FlowPull`."""
 
-    def forward(self, inp: Tensor, flow: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-        """inp (B, C, *size), flow (B, ndim, *size) -> (B, C, *shape); `shape` defaults to size"""
-        return super().forward(inp, _displaced(flow), shape)
+    def forward(self, input: Tensor, flow: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        """input (B, C, *size), flow (B, ndim, *size) -> (B, C, *shape); `shape` defaults to size"""
+        return super().forward(input, _displaced(flow), shape)
 
 
 def _displaced(flow: Tensor) -> Tensor:
@@ -98,6 +98,8 @@ def _displaced(flow: Tensor) -> Tensor:
 
 
 class _Scaler(nn.Module):
+    options = ("factor", "shape", "anchor", "interpolation", "bound")
+
     def __init__(
         self, factor: Any, shape: Any, anchor: Any, interpolation: Any, bound: Any
     ) -> None:
@@ -116,23 +118,23 @@ class _Scaler(nn.Module):
         self.factor, self.shape, self.anchor = factor, shape, anchor
         self.interpolation, self.bound = _spline(interpolation, bound)
 
-    def _arguments(self, inp: Tensor, shape: Any) -> dict[str, Any]:
-        """The options for this image, with one factor and one size per dimension."""
-        ndim = inp.ndim - 2
-        factor, shape = self.factor, self.shape if shape is None else shape
+    def _arguments(self, ndim: int, changes: dict[str, Any]) -> dict[str, Any]:
+        """The options of one call, with one factor and one size per dimension."""
+        options = {name: getattr(self, name) for name in self.options}
+        if unknown := set(changes) - set(options):
+            raise TypeError(f"{min(unknown)} is no option: use {', '.join(options)}")
+        options.update(changes)
+        factor, shape = options["factor"], options["shape"]
         if factor is not None:
             factor = list(factor) if isinstance(factor, (list, tuple)) else [factor]
-            factor += factor[-1:] * (ndim - len(factor))
+            options["factor"] = factor + factor[-1:] * (ndim - len(factor))
         if shape is not None:
-            shape = list(check.per_dimension("shape", shape, ndim))
-        return {
-            "factor": factor, "shape": shape, "anchor": self.anchor,
-            "interpolation": self.interpolation, "bound": self.bound,
-        }  # fmt: skip
+            options["shape"] = list(check.per_dimension("shape", shape, ndim))
+        return options
 
     def extra_repr(self) -> str:
-        names = ("factor", "shape", "anchor", "interpolation", "bound")
-        return ", ".join(f"{n}={getattr(self, n)!r}" for n in names if getattr(self, n) is not None)
+        given = {name: getattr(self, name) for name in self.options}
+        return ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
 
 
 class Resize(_Scaler):
@@ -148,6 +150,8 @@ class Resize(_Scaler):
         first    the centre of the first voxel, and the voxel size is exactly divided by `factor`
         last     the centre of the last voxel, likewise
     """
+
+    options = (*_Scaler.options, "extrapolate", "prefilter")
 
     def __init__(
         self,
@@ -182,16 +186,15 @@ class Resize(_Scaler):
         self.extrapolate = extrapolate
         self.prefilter = prefilter
 
-    def forward(self, inp: Tensor, shape: OneOrSeveral[int] | None = None) -> Tensor:
-        """(B, C, *size) -> (B, C, *shape); `shape` defaults to that of the constructor"""
-        options = self._arguments(inp, shape)
-        return functional.resize(
-            inp, **options, extrapolate=self.extrapolate, prefilter=self.prefilter
-        )
+    def forward(self, input: Tensor, **options: Any) -> Tensor:
+        """(B, C, *size) -> (B, C, *shape); `options`, such as `shape`, replace the constructor's"""
+        return functional.resize(input, **self._arguments(input.ndim - 2, options))
 
 
 class Restrict(_Scaler):
     """Splat an image onto a coarser grid: the adjoint of `Resize`."""
+
+    options = (*_Scaler.options, "reduce_sum")
 
     def __init__(
         self,
@@ -215,9 +218,9 @@ class Restrict(_Scaler):
         super().__init__(factor, shape, anchor, interpolation, bound)
         self.reduce_sum = reduce_sum
 
-    def forward(self, inp: Tensor, shape: OneOrSeveral[int] | None = None) -> Tensor:
-        """(B, C, *size) -> (B, C, *shape); `shape` defaults to that of the constructor"""
-        return interpol.restrict(inp, **self._arguments(inp, shape), reduce_sum=self.reduce_sum)
+    def forward(self, input: Tensor, **options: Any) -> Tensor:
+        """(B, C, *size) -> (B, C, *shape); `options`, such as `shape`, replace the constructor's"""
+        return interpol.restrict(input, **self._arguments(input.ndim - 2, options))
 
 
 class ResizeFlow(Resize):
@@ -235,17 +238,18 @@ class ResizeFlow(Resize):
     ) -> None:
         super().__init__(factor, shape, anchor, interpolation, bound, extrapolate, prefilter)
 
-    def forward(self, flow: Tensor, shape: OneOrSeveral[int] | None = None) -> Tensor:
+    def forward(self, flow: Tensor, **options: Any) -> Tensor:
         """(B, ndim, *size) -> (B, ndim, *shape), in voxels of each"""
-        resized = super().forward(flow, shape)
-        anchor = self.anchor[0].lower()
+        resized = super().forward(flow, **options)
+        arguments = self._arguments(flow.ndim - 2, options)
+        anchor = arguments["anchor"][0].lower()
         sizes = list(zip(resized.shape[2:], flow.shape[2:], strict=True))
         if anchor == "e":
             scale = [new / old for new, old in sizes]
         elif anchor == "c":
             scale = [(new - 1) / (old - 1) for new, old in sizes]
         else:
-            scale = self._arguments(flow, shape)["factor"]
+            scale = arguments["factor"]
         return resized * resized.new_tensor(scale).reshape(-1, *[1] * len(sizes))
 
 
@@ -260,18 +264,18 @@ class ValueToCoeff(nn.Module):
         super().__init__()
         self.interpolation, self.bound = _spline(interpolation, bound)
 
-    def forward(self, inp: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """values (B, C, *size) -> coefficients (B, C, *size)"""
-        return interpol.spline_coeff_nd(inp, self.interpolation, self.bound, dim=inp.ndim - 2)
+        return interpol.spline_coeff_nd(input, self.interpolation, self.bound, dim=input.ndim - 2)
 
 
 class CoeffToValue(ValueToCoeff):
     """Values of an image of spline coefficients: the inverse of `ValueToCoeff`."""
 
-    def forward(self, inp: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """coefficients (B, C, *size) -> values (B, C, *size)"""
-        grid = interpol.identity_grid(inp.shape[2:], dtype=inp.dtype, device=inp.device)
-        return interpol.grid_pull(inp, grid, self.interpolation, self.bound, extrapolate=True)
+        grid = interpol.identity_grid(input.shape[2:], dtype=input.dtype, device=input.device)
+        return interpol.grid_pull(input, grid, self.interpolation, self.bound, extrapolate=True)
 
 
 class FlowExp(nn.Module):

@@ -41,9 +41,9 @@ class Split(nn.Module):
         self.dim = dim
         self.nb_chunks = check.whole("nb_chunks", nb_chunks)
 
-    def forward(self, inp: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, input: Tensor) -> tuple[Tensor, ...]:
         """One tensor -> `nb_chunks` tensors"""
-        return torch.tensor_split(inp, self.nb_chunks, dim=self.dim)
+        return torch.tensor_split(input, self.nb_chunks, dim=self.dim)
 
 
 class DoNothing(nn.Module):

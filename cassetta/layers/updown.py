@@ -156,11 +156,11 @@ class DownPool(Level, nn.Sequential):
     def return_indices(self) -> bool:
         return bool(self[0].return_indices)
 
-    def forward(self, inp: Tensor) -> Any:
+    def forward(self, x: Tensor) -> Any:
         """
         Parameters
         ----------
-        inp : (B, inp_channels, *size) tensor
+        x : (B, inp_channels, *size) tensor
             Image.
 
         Returns
@@ -169,12 +169,12 @@ class DownPool(Level, nn.Sequential):
         indices : (B, inp_channels, *(size // factor)) tensor[long]
             Where in the image each maximum was. Only if `return_indices`.
         """
-        self._check(inp, down=True)
+        self._check(x, down=True)
         pool, conv = self
         if self.return_indices:
-            out, indices = pool(inp)
+            out, indices = pool(x)
             return conv(out), indices
-        return conv(pool(inp))
+        return conv(pool(x))
 
 
 class UpPool(Level, nn.Sequential):
@@ -272,7 +272,7 @@ class DownInterpol(Level, nn.Sequential):
         self._check(inp, down=True)
         resize, *conv = self
         # the size itself, because n * (1 / f) may round to just below a whole number
-        out = resize(inp, [n // f for n, f in zip(inp.shape[2:], self.factor, strict=True)])
+        out = resize(inp, shape=[n // f for n, f in zip(inp.shape[2:], self.factor, strict=True)])
         return conv[0](out) if conv else out
 
 
