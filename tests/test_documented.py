@@ -187,9 +187,9 @@ def test_fedorovs_meshnet_is_seven_single_convolutions():
 
 
 def test_a_callers_dictionary_is_never_changed():
-    options = {"kernel_size": 5}
+    options = {"padding_mode": "replicate"}
     ConvBlock(2, 3, 4, optc=options)
     backbone = {"nb_features": 4, "nb_levels": 2}
     SegNet(2, 1, 3, opt_backbone=backbone)
-    assert options == {"kernel_size": 5}
+    assert options == {"padding_mode": "replicate"}
     assert backbone == {"nb_features": 4, "nb_levels": 2}

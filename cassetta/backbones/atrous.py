@@ -107,22 +107,6 @@ class MeshNet(LoadableMixin, ModuleGroup):
         }  # fmt: skip
         return cls(ndim, **{**published, **options})
 
-    def forward(self, inp: Any, *, return_all: bool = False) -> Any:
-        """
-        Parameters
-        ----------
-        inp : (B, inp_channels, *size) tensor
-            Features.
-        return_all : bool
-            Return what leaves each layer, not only the last.
-
-        Returns
-        -------
-        out : [tuple of] (B, out_channels, *size) tensor
-        """
-        check.image(inp, self[0][0].ndim, self.inp_channels)
-        return super().forward(inp, return_all=return_all)
-
 
 class ATrousNet(LoadableMixin, ModuleGroup):
     """Stages of parallel dilated convolutions, more and more of them, then fewer and fewer.
@@ -189,22 +173,6 @@ class ATrousNet(LoadableMixin, ModuleGroup):
             stages.append(ModuleSum(branches))
             inp = out
         super().__init__(stages, residual=residual)
-
-    def forward(self, inp: Any, *, return_all: bool = False) -> Any:
-        """
-        Parameters
-        ----------
-        inp : (B, inp_channels, *size) tensor
-            Features.
-        return_all : bool
-            Return what leaves each stage, not only the last.
-
-        Returns
-        -------
-        out : [tuple of] (B, out_channels, *size) tensor
-        """
-        check.image(inp, self[0][0][0].ndim, self.inp_channels)
-        return super().forward(inp, return_all=return_all)
 
 
 def _features(nb_features: Any, depth: int, residual: bool) -> list[int]:

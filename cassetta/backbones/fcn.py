@@ -1,6 +1,6 @@
 """Fully convolutional encoders and decoders."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -19,18 +19,11 @@ from cassetta.core.utils import extrapolate
 from cassetta.io.loadable import LoadableMixin
 from cassetta.layers import ConvGroup, DownConvGroup, UpConvGroup
 from cassetta.layers.levels import resampling
-from cassetta.layers.simple import Stack
+from cassetta.layers.simple import Chain
 
 
 class _Default(int):
     """A default that can be told from the same number given by the caller."""
-
-
-class _Levels(LoadableMixin, Stack):
-    @property
-    def all_out_channels(self) -> list[int]:
-        """Number of channels that leave each level."""
-        return [level.out_channels for level in self]
 
 
 def _features(nb_features: Any, nb_levels: int, step: Callable[[int, int], float]) -> list[int]:
@@ -47,7 +40,7 @@ def _features(nb_features: Any, nb_levels: int, step: Callable[[int, int], float
     return extrapolate(features, depth, step)
 
 
-class ConvEncoder(_Levels):
+class ConvEncoder(LoadableMixin, Chain):
     """A fully convolutional encoder: a `ConvGroup`, then a `DownConvGroup` per further level."""
 
     def __init__(
@@ -119,7 +112,8 @@ class ConvEncoder(_Levels):
         ValueError
             If the image is too small to be divided by `pool_factor` at every level.
         """
-        self._check(inp)
+        check.image(inp, self.ndim, self.inp_channels)
+        self.check_size(inp.shape[2:])
         out, outputs = inp, []
         for level in self:
             out = level(out)
@@ -127,20 +121,19 @@ class ConvEncoder(_Levels):
                 outputs.append(out)
         return tuple(outputs) if return_all else out
 
-    def _check(self, inp: Tensor) -> None:
-        """Refuse what some level could not work with, before the first one has worked."""
-        check.image(inp, self[0][0].ndim, self.inp_channels)
-        least = [1] * (inp.ndim - 2)
+    def check_size(self, size: Sequence[int]) -> None:
+        """Raise ValueError if an image of this size is too small to reach the coarsest level."""
+        least = [1] * self.ndim
         for level in list(self)[1:]:
             least = [n * f for n, f in zip(least, level[0].factor, strict=True)]
-        if any(n < m for n, m in zip(inp.shape[2:], least, strict=True)):
+        if any(n < m for n, m in zip(size, least, strict=True)):
             raise ValueError(
-                f"inp has size {tuple(inp.shape[2:])}, but {len(self)} levels need {tuple(least)}: "
+                f"inp has size {tuple(size)}, but {len(self)} levels need {tuple(least)}: "
                 "pad the image or use fewer levels"
             )
 
 
-class ConvDecoder(_Levels):
+class ConvDecoder(LoadableMixin, Chain):
     """A fully convolutional decoder: an `UpConvGroup` per level but the coarsest."""
 
     def __init__(
@@ -200,7 +193,8 @@ class ConvDecoder(_Levels):
         super().__init__(
             *(up(ndim, coarse, fine, skip=skip, **options) for coarse, fine, skip in steps)
         )
-        self._channels = features[0]  # where there is one level, and so no way up
+        # a single level has no way up to ask
+        self._ndim, self._channels = check.dimensions(ndim), features[0]
 
     def forward(self, *inp: Tensor, return_all: bool = False) -> Any:
         """
@@ -230,17 +224,24 @@ class ConvDecoder(_Levels):
 
     def _check(self, inp: Tensor, skips: list[Tensor]) -> None:
         """Refuse what some level could not work with, before the first one has worked."""
-        check.image(inp, inp.ndim - 2, self.inp_channels)
-        shape = inp.shape
+        check.image(inp, self.ndim, self.inp_channels)
+        shape: Sequence[int] = inp.shape
         for n, level in enumerate(self):
-            shape = level.check(shape, skips[n : n + 1])
+            shape = level.fitted_shape(shape, skips[n : n + 1])
+
+    @property
+    def ndim(self) -> int:
+        """Number of spatial dimensions."""
+        return self._ndim
 
     @property
     def inp_channels(self) -> int:
+        """Number of channels at the coarsest level."""
         return self[0].inp_channels if len(self) else self._channels
 
     @property
     def out_channels(self) -> int:
+        """Number of channels at the finest level."""
         return self[-1].out_channels if len(self) else self._channels
 
 

@@ -1,5 +1,6 @@
 """U-Nets: an encoder and a decoder joined by skip connections."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -106,17 +107,28 @@ class UNet(LoadableMixin, nn.Module):
         self.skip = skip
 
     @property
+    def ndim(self) -> int:
+        """Number of spatial dimensions."""
+        return self.encoder.ndim
+
+    @property
     def inp_channels(self) -> int:
+        """Number of input channels."""
         return self.encoder.inp_channels
 
     @property
     def out_channels(self) -> int:
+        """Number of output channels, those of the finest level of the decoder."""
         return self.decoder.out_channels
 
     @property
     def all_out_channels(self) -> list[int]:
         """Number of channels that leave each level of the decoder."""
         return self.decoder.all_out_channels
+
+    def check_size(self, size: Sequence[int]) -> None:
+        """Raise ValueError if an image of this size is too small to reach the coarsest level."""
+        self.encoder.check_size(size)
 
     def forward(self, inp: Tensor, *, return_all: bool = False) -> Any:
         """

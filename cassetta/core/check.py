@@ -5,11 +5,13 @@ kind raises TypeError, a wrong value of the right kind ValueError.
 """
 
 import difflib
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from bounds import to_enum
 from torch import Tensor
 
@@ -18,6 +20,8 @@ T = TypeVar("T")
 
 def whole(name: str, value: Any, least: int = 1) -> int:
     """`value` as an int of at least `least`; numpy integers are welcome, booleans are not."""
+    if isinstance(value, torch.SymInt):  # a size that torch.export leaves open
+        return value  # type: ignore[return-value]
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name}={value!r} ({type(value).__name__}) is not a whole number")
     number = operator.index(value)
@@ -40,8 +44,8 @@ def positive(name: str, value: Any) -> float:
     """`value` if it is a number above zero."""
     if isinstance(value, bool) or not isinstance(value, float | int | np.number):
         raise TypeError(f"{name}={value!r} ({type(value).__name__}) is not a number")
-    if not value > 0:
-        raise ValueError(f"{name}={value} must be positive")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}={value} must be positive and finite")
     return float(value)
 
 
@@ -90,8 +94,13 @@ def bound(name: str, value: Any) -> None:
         ) from None
 
 
-def image(inp: Any, ndim: int, channels: int | None = None, name: str = "inp") -> None:
-    """A floating-point tensor (B, channels, *size) with `ndim` non-empty spatial dimensions."""
+def image(
+    inp: Any, ndim: int, channels: int | None = None, name: str = "inp", labels: bool = False
+) -> None:
+    """A tensor (B, channels, *size) with `ndim` non-empty spatial dimensions.
+
+    It holds floating-point numbers; or, if it may be `labels`, integers.
+    """
     if not isinstance(inp, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(inp).__name__}")
     fits = inp.ndim == ndim + 2 and (channels is None or inp.shape[1] == channels)
@@ -101,8 +110,15 @@ def image(inp: Any, ndim: int, channels: int | None = None, name: str = "inp") -
             f"{name} has shape {tuple(inp.shape)}, but a {ndim}-D image of shape "
             f"(batch, {channels or 'channels'}, {sizes}), no size zero, is expected"
         )
-    if not (inp.is_floating_point() or inp.is_complex()):
+    if not (labels or inp.is_floating_point() or inp.is_complex()):
         raise TypeError(f"{name} has dtype {inp.dtype}: convert it to floating point first")
+
+
+def any_image(inp: Any, name: str = "inp", labels: bool = False) -> int:
+    """The number of spatial dimensions of an image that `image` accepts with 1, 2 or 3."""
+    ndim = min(3, max(1, inp.ndim - 2)) if isinstance(inp, Tensor) else 1
+    image(inp, ndim, name=name, labels=labels)
+    return ndim
 
 
 def _listed(value: Any, choices: Sequence[Any]) -> str:

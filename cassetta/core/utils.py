@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from cassetta.core.typing import DataType
 
@@ -28,23 +29,46 @@ def extrapolate(values: list[int], length: int, step: Callable[[int, int], float
     return (values + [max(1, int(step(values[-1], n))) for n in missing])[:length]
 
 
-def build(what: str, factory: Callable[..., Any], *args: Any, offered: dict, **asked: Any) -> Any:
-    """Call `factory(*args, **asked)`, adding those keywords `offered` that it takes.
+def build(
+    what: str, given: Any, accepted: str, *args: Any, offered: dict[str, Any], **asked: Any
+) -> nn.Module:
+    """The module that `given` is (shared by all who get it), or that it makes.
 
-    Constructors of layers differ in what they want to know (a norm may or may not take `affine`,
-    an attention `ndim`): what the caller did not ask for is only passed where it is understood.
+    A class or function is called as `given(*args, **asked)`, with those keywords `offered` that it
+    takes: constructors differ in what they want to know (a norm may or may not take `affine`, an
+    attention `ndim`), and what the caller did not ask for is only passed where it is understood.
+
+    Raises
+    ------
+    TypeError
+        If `given` is neither, cannot be called so, or makes no module.
+    ValueError
+        If options are `asked` of a module that is there already.
     """
-    bound = getattr(factory, "keywords", {}) if isinstance(factory, functools.partial) else {}
+    if isinstance(given, nn.Module):
+        if asked:
+            raise ValueError(
+                f"{what}={given!r} is built already: its options {asked} come too late"
+            )
+        return given
+    if not callable(given):
+        raise TypeError(
+            f"{what}={given!r} is neither {accepted}, a Module, a Module class, a function that "
+            "returns a Module, nor None"
+        )
+    bound = given.keywords if isinstance(given, functools.partial) else {}
     try:
-        takes = inspect.signature(factory).parameters
+        takes = inspect.signature(given).parameters
     except ValueError:  # a function written in C need not say
         takes = {}
     anything = any(p.kind is p.VAR_KEYWORD for p in takes.values())
     taken = {k: v for k, v in offered.items() if (anything or k in takes) and k not in bound}
     try:
-        return factory(*args, **{**taken, **asked})
+        module = given(*args, **{**taken, **asked})
     except TypeError as error:
-        given = ", ".join(
-            [*map(repr, args), *(f"{k}={v!r}" for k, v in {**taken, **asked}.items())]
-        )
-        raise TypeError(f"{what}={factory!r} cannot be called as ({given}): {error}") from error
+        words = [*map(repr, args), *(f"{k}={v!r}" for k, v in {**taken, **asked}.items())]
+        call = f"({', '.join(words)})"
+        raise TypeError(f"{what}={given!r} cannot be called as {call}: {error}") from error
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{what}={given!r} made a {type(module).__name__}, not a Module")
+    return module

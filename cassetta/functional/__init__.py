@@ -7,4 +7,4 @@ from cassetta.functional.conv import (
     pad as pad,
     same_padding as same_padding,
 )
-from cassetta.functional.resize import fit as fit, resize as resize
+from cassetta.functional.resize import fit as fit, nth as nth, resize as resize

@@ -14,6 +14,7 @@ keeps nothing but the matrix for backward, and is differentiable any number of t
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import interpol
@@ -43,10 +44,10 @@ def resize(
         return interpol.resize(inp, **options, extrapolate=extrapolate)
     sizes = inp.shape[2:]
     zooms = factor or [new / old for new, old in zip(shape or (), sizes, strict=True)]
-    lengths = shape or [int(size * zoom) for size, zoom in zip(sizes, zooms, strict=True)]
+    lengths = shape or [_scaled(size, zoom) for size, zoom in zip(sizes, zooms, strict=True)]
     for axis, (size, length, zoom) in enumerate(zip(sizes, lengths, zooms, strict=True)):
-        where = _positions(inp, size, length, zoom, _nth(anchor, axis)[0].lower())
-        order, edge = _nth(interpolation, axis), Bound(to_int(_nth(bound, axis)))
+        where = _positions(inp, size, length, zoom, nth(anchor, axis)[0].lower())
+        order, edge = nth(interpolation, axis), Bound(to_int(nth(bound, axis)))
         if order in (1, "linear") and edge == Bound.zero and extrapolate:
             matrix = _hats(where, size)
         else:
@@ -55,7 +56,12 @@ def resize(
     return inp
 
 
-def _nth(value: Any, axis: int) -> Any:
+def _scaled(size: int, factor: float) -> int:
+    """int(size * factor), also for sizes that torch.export leaves open, if the factor is whole."""
+    return size * int(factor) if factor == int(factor) else int(size * factor)
+
+
+def nth(value: Any, axis: int) -> Any:
     """The entry for one axis of what may be one value for all; the last one is repeated."""
     return value[min(axis, len(value) - 1)] if isinstance(value, (list, tuple)) else value
 
@@ -88,11 +94,20 @@ def _splines(
 
 
 def _along(inp: Tensor, axis: int, matrix: Tensor) -> Tensor:
-    """Multiply `matrix` (length, size) into one axis of `inp`; the result is contiguous."""
+    """Multiply `matrix` (length, size) into one axis of `inp`; the result is contiguous.
+
+    In the dtype of the image: interpolation is no convolution, which autocast may round.
+    """
     length, size = matrix.shape
     lines = inp.reshape(*inp.shape[:axis], size, -1)
-    out = matrix @ lines if lines.shape[-1] > 1 else (lines.squeeze(-1) @ matrix.T)
+    with _exact(inp.device.type):
+        out = matrix @ lines if axis < inp.ndim - 1 else (lines.squeeze(-1) @ matrix.T)
     return out.reshape(*inp.shape[:axis], length, *inp.shape[axis + 1 :])
+
+
+def _exact(device: str) -> AbstractContextManager:
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else nullcontext()
 
 
 def fit(inp: Tensor, size: Sequence[int]) -> Tensor:

@@ -46,26 +46,16 @@ def make_attention(
     """
     if attention is None or attention is False or attention == "":
         return None
-    if isinstance(attention, nn.Module):
-        return attention
     if attention is True:
         attention = "sqzex"
     if isinstance(attention, str):
         if attention.lower() in ("dp", "sdp"):
             kwargs.setdefault("scaled", attention.lower() == "sdp")
         attention = check.named("attention", attention, _BY_NAME)
-    if not callable(attention):
-        raise TypeError(
-            f"attention={attention!r} is neither a name, a Module, a Module class, "
-            "a function that returns a Module, nor None"
-        )
-    offered = {"channels": channels, "inp_channels": channels, "ndim": ndim}
+    offered: dict[str, Any] = {"channels": channels, "inp_channels": channels, "ndim": ndim}
     if "compression" in kwargs:
         offered["compression"] = kwargs.pop("compression")
-    layer = build("attention", attention, offered=offered, **kwargs)
-    if not isinstance(layer, nn.Module):
-        raise TypeError(f"attention={attention!r} made a {type(layer).__name__}, not a Module")
-    return layer
+    return build("attention", attention, "a name", offered=offered, **kwargs)
 
 
 class ChannelSqzEx(nn.Sequential):

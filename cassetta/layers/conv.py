@@ -13,7 +13,7 @@ from cassetta.core import check
 from cassetta.core.typing import BoundType, DataType, DeviceType, OneOrSeveral, SeparableType
 from cassetta.core.utils import to_torch_dtype
 from cassetta.kernels.types import Geometry
-from cassetta.layers.lazy import Lazy, Weighted
+from cassetta.layers.weighted import Lazy, Weighted
 
 PaddingType = Literal["same", "valid"] | OneOrSeveral[int]
 

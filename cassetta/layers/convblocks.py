@@ -1,5 +1,6 @@
 """Convolutions with their norm, dropout, activation and attention, and groups of them."""
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,8 @@ from cassetta.layers.dropout import make_dropout
 from cassetta.layers.norm import make_norm
 from cassetta.layers.simple import ModuleGroup, Stack
 
+LAYERS = {"n": "norm", "c": "conv", "d": "dropout", "a": "activation", "x": "attention"}
+
 
 class ConvBlock(Stack):
     """One convolution with its norm, dropout, activation and attention, in any order.
@@ -31,7 +34,7 @@ class ConvBlock(Stack):
     none. The size of the image is preserved (`padding="same"`).
     """
 
-    conv: Any
+    conv: nn.Module
     norm: nn.Module | None
     dropout: nn.Module | None
     activation: nn.Module | None
@@ -83,50 +86,65 @@ class ConvBlock(Stack):
             See `make_conv`.
         optc, optn, optd, opta, optx : dict
             Further options of the convolution, norm, dropout, activation and attention.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If an argument is not as above, or an option contradicts an argument.
         """
         super().__init__()
         self.order = _full_order(order)
-        ndim = check.dimensions(ndim)
-        inp_channels = check.whole("inp_channels", inp_channels)
-        if out_channels is None:
-            out_channels = inp_channels
+        self.ndim = check.dimensions(ndim)
+        self.inp_channels = check.whole("inp_channels", inp_channels)
+        out = inp_channels if out_channels is None else out_channels
+        self.out_channels = check.whole("out_channels", out)
         own = {"kernel_size": kernel_size, "dilation": dilation, "bias": bias,
                "separable": separable, "padding": "same"}  # fmt: skip
-        conv: Any = make_conv(ndim, inp_channels, out_channels, **{**(optc or {}), **own})
+        convolution = _and("optc", optc, own)
+        attend = _and("optx", optx, {"compression": compression})
 
         def channels(letter: str) -> int:
             before = self.order.index(letter) < self.order.index("c")
-            return inp_channels if before else conv.out_channels
+            return self.inp_channels if before else self.out_channels
 
         layers = {
-            "c": ("conv", conv),
-            "n": ("norm", make_norm(norm, channels("n"), **(optn or {}))),
-            "d": ("dropout", make_dropout(dropout, **(optd or {}))),
-            "a": ("activation", make_activation(activation, **(opta or {}))),
-            "x": ("attention", make_attention(
-                attention, channels("x"), ndim, **{**(optx or {}), "compression": compression}
-            )),
-        }  # fmt: skip
+            "c": make_conv(ndim, self.inp_channels, self.out_channels, **convolution),
+            "n": make_norm(norm, channels("n"), **(optn or {})),
+            "d": make_dropout(dropout, **(optd or {})),
+            "a": make_activation(activation, **(opta or {})),
+            "x": make_attention(attention, channels("x"), ndim, **attend),
+        }
         for letter in self.order:
-            setattr(self, *layers[letter])
-
-    @property
-    def ndim(self) -> int:
-        """Number of spatial dimensions."""
-        return self.conv.ndim
-
-    @property
-    def inp_channels(self) -> int:
-        return self.conv.inp_channels
-
-    @property
-    def out_channels(self) -> int:
-        return self.conv.out_channels
+            setattr(self, LAYERS[letter], layers[letter])
 
     def forward(self, inp: Tensor) -> Tensor:
         """(B, inp_channels, *size) -> (B, out_channels, *size)"""
         check.image(inp, self.ndim, self.inp_channels)
-        return super().forward(inp)
+        for layer in self.in_order():
+            inp = layer(inp)
+        return inp
+
+    def in_order(self) -> Iterator[nn.Module]:
+        """The layers that there are, in the order of the word; then what was appended since.
+
+        By name: a layer may have been taken out, put in or exchanged after the block was built.
+        """
+        names = [LAYERS[letter] for letter in self.order]
+        others = [name for name in self._modules if name not in names]
+        for name in names + others:
+            layer = getattr(self, name, None)
+            if layer is not None:
+                yield layer
+
+
+def _and(name: str, options: dict[str, Any] | None, own: dict[str, Any]) -> dict[str, Any]:
+    """The options and the block's own arguments, which the options must not contradict."""
+    for key, value in (options or {}).items():
+        if key in own and value != own[key]:
+            raise ValueError(
+                f"{name}={options!r} contradicts the block, whose {key} is {own[key]!r}"
+            )
+    return {**(options or {}), **own}
 
 
 def _full_order(order: str) -> str:
@@ -200,8 +218,3 @@ class ConvGroup(ModuleGroup):
         else:
             others = [block(channels) for _ in range(nb_same)]
         super().__init__(first + others, residual=residual, skip=skip)
-
-    def forward(self, inp: Tensor, *, return_all: bool = False) -> Any:
-        """(B, channels + skip, *size) -> (B, channels, *size), or a tuple of one per block"""
-        check.image(inp, self[0].ndim, self.inp_channels)
-        return super().forward(inp, return_all=return_all)

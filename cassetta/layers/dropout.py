@@ -27,27 +27,17 @@ def make_dropout(dropout: DropoutType, **kwargs: Any) -> nn.Module | None:
     Raises
     ------
     ValueError, TypeError
-        If the probability is out of range, or what is made is not a module.
+        If the probability is out of range, a module is given options, or none is made.
     """
     if dropout is None or dropout is False:
         return None
-    if isinstance(dropout, nn.Module):
-        return dropout
     if dropout is True:
         raise TypeError("dropout=True says not how much: give a probability between 0 and 1")
     if isinstance(dropout, float | int | np.number):
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout={dropout} is not a probability between 0 and 1")
         return ChannelDropout(float(dropout), **kwargs) if dropout else None
-    if not callable(dropout):
-        raise TypeError(
-            f"dropout={dropout!r} is neither a probability, a Module, a Module class, "
-            "a function that returns a Module, nor None"
-        )
-    layer = build("dropout", dropout, offered={}, **kwargs)
-    if not isinstance(layer, nn.Module):
-        raise TypeError(f"dropout={dropout!r} made a {type(layer).__name__}, not a Module")
-    return layer
+    return build("dropout", dropout, "a probability", offered={}, **kwargs)
 
 
 class ChannelDropout(_DropoutNd):

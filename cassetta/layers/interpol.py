@@ -100,37 +100,37 @@ def _displaced(flow: Tensor) -> Tensor:
 class _Scaler(nn.Module):
     options = ("factor", "shape", "anchor", "interpolation", "bound")
 
-    def __init__(
-        self, factor: Any, shape: Any, anchor: Any, interpolation: Any, bound: Any
-    ) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
+        for name, value in self._checked(options, ndim=3).items():
+            setattr(self, name, options[name] if name in ("factor", "shape") else value)
+
+    def _arguments(self, ndim: int, changes: dict[str, Any]) -> dict[str, Any]:
+        """The options of one call, with one factor and one size per dimension."""
+        if unknown := set(changes) - set(self.options):
+            raise TypeError(f"{min(unknown)} is no option: use {', '.join(self.options)}")
+        options = {name: getattr(self, name) for name in self.options}
+        return self._checked({**options, **changes}, ndim)
+
+    def _checked(self, options: dict[str, Any], ndim: int) -> dict[str, Any]:
+        """The options, with one factor and one size per dimension."""
+        factor, shape, anchor = options["factor"], options["shape"], options["anchor"]
         if factor is None and shape is None:
             raise ValueError("factor=None and shape=None: give one of them")
         for one in anchor if isinstance(anchor, (list, tuple)) else [anchor]:
             check.one_of("anchor", str(one).lower(), _ANCHORS)
             if str(one)[0].lower() in "fl" and factor is None:
                 raise ValueError(f"anchor={one!r} needs a factor, even if there is a shape")
-        for zoom in factor if isinstance(factor, (list, tuple)) else [factor]:
-            if zoom is not None and not zoom > 0:
-                raise ValueError(f"factor={factor!r} must be positive")
-        if shape is not None:
-            check.several("shape", shape)
-        self.factor, self.shape, self.anchor = factor, shape, anchor
-        self.interpolation, self.bound = _spline(interpolation, bound)
-
-    def _arguments(self, ndim: int, changes: dict[str, Any]) -> dict[str, Any]:
-        """The options of one call, with one factor and one size per dimension."""
-        options = {name: getattr(self, name) for name in self.options}
-        if unknown := set(changes) - set(options):
-            raise TypeError(f"{min(unknown)} is no option: use {', '.join(options)}")
-        options.update(changes)
-        factor, shape = options["factor"], options["shape"]
         if factor is not None:
-            factor = list(factor) if isinstance(factor, (list, tuple)) else [factor]
-            options["factor"] = factor + factor[-1:] * (ndim - len(factor))
+            zooms = list(factor) if isinstance(factor, (list, tuple)) else [factor]
+            if not 0 < len(zooms) <= ndim:
+                raise ValueError(f"factor={factor!r} has {len(zooms)} values for {ndim} dimensions")
+            factor = [check.positive("factor", zoom) for zoom in zooms]
+            factor += factor[-1:] * (ndim - len(factor))
         if shape is not None:
-            options["shape"] = list(check.per_dimension("shape", shape, ndim))
-        return options
+            shape = list(check.per_dimension("shape", shape, ndim))
+        _spline(options["interpolation"], options["bound"])
+        return {**options, "factor": factor, "shape": shape}
 
     def extra_repr(self) -> str:
         given = {name: getattr(self, name) for name in self.options}
@@ -182,13 +182,15 @@ class Resize(_Scaler):
         prefilter : bool
             Turn values into spline coefficients first, so that the spline interpolates them.
         """
-        super().__init__(factor, shape, anchor, interpolation, bound)
-        self.extrapolate = extrapolate
-        self.prefilter = prefilter
+        super().__init__(
+            factor=factor, shape=shape, anchor=anchor, interpolation=interpolation, bound=bound,
+            extrapolate=extrapolate, prefilter=prefilter,
+        )  # fmt: skip
 
     def forward(self, input: Tensor, **options: Any) -> Tensor:
         """(B, C, *size) -> (B, C, *shape); `options`, such as `shape`, replace the constructor's"""
-        return functional.resize(input, **self._arguments(input.ndim - 2, options))
+        ndim = check.any_image(input, "input", labels=True)
+        return functional.resize(input, **self._arguments(ndim, options))
 
 
 class Restrict(_Scaler):
@@ -215,12 +217,15 @@ class Restrict(_Scaler):
         reduce_sum : bool
             Sum what falls into a voxel, instead of averaging it.
         """
-        super().__init__(factor, shape, anchor, interpolation, bound)
-        self.reduce_sum = reduce_sum
+        super().__init__(
+            factor=factor, shape=shape, anchor=anchor, interpolation=interpolation, bound=bound,
+            reduce_sum=reduce_sum,
+        )  # fmt: skip
 
     def forward(self, input: Tensor, **options: Any) -> Tensor:
         """(B, C, *size) -> (B, C, *shape); `options`, such as `shape`, replace the constructor's"""
-        return interpol.restrict(input, **self._arguments(input.ndim - 2, options))
+        ndim = check.any_image(input, "input")
+        return interpol.restrict(input, **self._arguments(ndim, options))
 
 
 class ResizeFlow(Resize):
@@ -240,17 +245,20 @@ class ResizeFlow(Resize):
 
     def forward(self, flow: Tensor, **options: Any) -> Tensor:
         """(B, ndim, *size) -> (B, ndim, *shape), in voxels of each"""
-        resized = super().forward(flow, **options)
-        arguments = self._arguments(flow.ndim - 2, options)
-        anchor = arguments["anchor"][0].lower()
-        sizes = list(zip(resized.shape[2:], flow.shape[2:], strict=True))
-        if anchor == "e":
-            scale = [new / old for new, old in sizes]
-        elif anchor == "c":
-            scale = [(new - 1) / (old - 1) for new, old in sizes]
-        else:
-            scale = arguments["factor"]
-        return resized * resized.new_tensor(scale).reshape(-1, *[1] * len(sizes))
+        ndim = check.any_image(flow, "flow")
+        arguments = self._arguments(ndim, options)
+        resized = functional.resize(flow, **arguments)
+        scale = []
+        for axis in range(ndim):
+            new, old = resized.shape[axis + 2], flow.shape[axis + 2]
+            anchor = functional.nth(arguments["anchor"], axis)[0].lower()
+            if anchor == "e":
+                scale.append(new / old)
+            elif anchor == "c":
+                scale.append((new - 1) / (old - 1) if old > 1 else 1.0)
+            else:
+                scale.append(arguments["factor"][axis])
+        return resized * resized.new_tensor(scale).reshape(-1, *[1] * ndim)
 
 
 class ValueToCoeff(nn.Module):

@@ -17,11 +17,19 @@ from cassetta.core.typing import (
     SeparableType,
 )
 from cassetta.layers.convblocks import ConvGroup
-from cassetta.layers.simple import Stack
-from cassetta.layers.updown import DownConv, DownInterpol, DownPool, UpConv, UpInterpol, UpPool
+from cassetta.layers.simple import Chain
+from cassetta.layers.updown import (
+    DownConv,
+    DownInterpol,
+    DownPool,
+    Level,
+    UpConv,
+    UpInterpol,
+    UpPool,
+)
 
 
-class DownGroup(Stack):
+class DownGroup(Chain):
     """A way down, such as `DownPool`, followed by a block of layers."""
 
     def __init__(self, module_down: nn.Module, module_block: nn.Module) -> None:
@@ -102,7 +110,7 @@ class DownConvGroup(DownGroup):
         super().__init__(module_down, group)
 
 
-class UpGroup(Stack):
+class UpGroup(Chain):
     """A way up, such as `UpConv`, that meets skip connections, followed by a block of layers."""
 
     def __init__(
@@ -138,18 +146,21 @@ class UpGroup(Stack):
         out : (B, out_channels, *out_size) tensor
         """
         up, block = self
-        self.check(inp.shape, skips)
+        if isinstance(up, Level):  # which tells before it works what it will return
+            self.fitted_shape(inp.shape, skips)
         options: dict[str, Any] = {} if indices is None else {"indices": indices}
         if skips and isinstance(up, UpPool):
             options["out_size"] = skips[0].shape[2:]
         out = up(inp, **options)
         if skips:
+            if not isinstance(up, Level):
+                self._check_skips(skips, out.shape, (2,) * (out.ndim - 2))
             out = functional.fit(out, skips[0].shape[2:])
             out = torch.cat([out, *skips], dim=1) if self.skip else sum(skips, out)
         return block(out)
 
-    def check(self, shape: Sequence[int], skips: Sequence[Tensor]) -> tuple[int, ...]:
-        """Refuse skip connections that do not fit an input of this shape.
+    def fitted_shape(self, shape: Sequence[int], skips: Sequence[Tensor]) -> tuple[int, ...]:
+        """The shape that leaves the group; refuses skip connections that do not fit.
 
         Parameters
         ----------
@@ -161,27 +172,41 @@ class UpGroup(Stack):
         Returns
         -------
         out_shape : (B, out_channels, *out_size)
+
+        Raises
+        ------
+        ValueError
+            If the skip connections have other channels, batches or sizes than are expected.
         """
         up, block = self
         batch, _, *size = shape
-        factor = getattr(up, "factor", (1,) * len(size))
-        out_size = [n * f for n, f in zip(size, factor, strict=True)]
-        needed = block.inp_channels - up.out_channels if self.skip else up.out_channels
-        have = [skip.shape[1] for skip in skips]
-        if (self.skip and sum(have) != needed) or any(c != needed for c in have if not self.skip):
-            how = "concatenated" if self.skip else "added"
-            raise ValueError(f"skips have {have} channels, but {needed} are to be {how}")
+        size = [n * f for n, f in zip(size, up.factor, strict=True)]
+        self._check_skips(skips, (batch, up.out_channels, *size), up.factor)
+        return batch, block.out_channels, *(skips[0].shape[2:] if skips else size)
+
+    def _check_skips(
+        self, skips: Sequence[Tensor], shape: Sequence[int], factor: Sequence[int]
+    ) -> None:
+        """Refuse skip connections that do not fit an upsampled image of this shape."""
+        batch, channels, *size = shape
         for skip in skips:
             check.image(skip, len(size), name="skip")
-            near = all(
-                abs(n - m) < f for n, m, f in zip(skip.shape[2:], out_size, factor, strict=True)
+        have = [skip.shape[1] for skip in skips]
+        taken = getattr(self[1], "inp_channels", None)  # a user's block may not say
+        if self.skip and taken not in (None, channels + sum(have)):
+            raise ValueError(
+                f"skips have {have} channels, but {taken - channels} are to be concatenated"
             )
-            if not near or skip.shape[2:] != skips[0].shape[2:] or len(skip) != batch:
+        if not self.skip and any(c != channels for c in have):
+            raise ValueError(f"skips have {have} channels, but {channels} are to be added")
+        for skip in skips:
+            off = [abs(n - m) for n, m in zip(skip.shape[2:], size, strict=True)]
+            near = all(n < f for n, f in zip(off, factor, strict=True))
+            if not near or skip.shape[2:] != skips[0].shape[2:] or skip.shape[0] != batch:
                 raise ValueError(
-                    f"skip has shape {tuple(skip.shape)}, but the input of shape {tuple(shape)} "
-                    f"becomes ({batch}, {up.out_channels}, {', '.join(map(str, out_size))})"
+                    f"skip has shape {tuple(skip.shape)}, but the upsampled image has "
+                    f"{tuple(shape)}: at most the last voxel of an axis can be missing"
                 )
-        return batch, block.out_channels, *(skips[0].shape[2:] if skips else out_size)
 
 
 class UpConvGroup(UpGroup):

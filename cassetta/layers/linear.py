@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from cassetta.core import check
 from cassetta.core.typing import DataType, DeviceType
 from cassetta.core.utils import to_torch_dtype
-from cassetta.layers.lazy import Lazy, Weighted
+from cassetta.layers.weighted import Lazy, Weighted
 
 
 class Linear(Weighted):

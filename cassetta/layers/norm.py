@@ -41,8 +41,6 @@ def make_norm(
     """
     if norm is None or norm is False or (isinstance(norm, int | str) and not norm):
         return None
-    if isinstance(norm, nn.Module):
-        return norm
     if norm is True:
         norm = "batch"
     if isinstance(norm, str):
@@ -52,10 +50,8 @@ def make_norm(
         if channels % groups:
             raise ValueError(f"norm={groups} groups do not divide {channels} channels evenly")
         return nn.GroupNorm(groups, channels, affine=affine, **kwargs)
-    layer = build("norm", norm, channels, offered={"affine": affine}, **kwargs)
-    if not isinstance(layer, nn.Module):
-        raise TypeError(f"norm={norm!r} made a {type(layer).__name__}, not a Module")
-    return layer
+    offered = {"affine": affine}
+    return build("norm", norm, "a name, a number of groups", channels, offered=offered, **kwargs)
 
 
 class BatchNorm(_BatchNorm):

@@ -87,11 +87,18 @@ class ModuleSum(nn.ModuleList):
         return super().__getitem__(index)
 
     @property
+    def ndim(self) -> int:
+        """Number of spatial dimensions."""
+        return self[0].ndim
+
+    @property
     def inp_channels(self) -> int:
+        """Number of input channels."""
         return self[0].inp_channels
 
     @property
     def out_channels(self) -> int:
+        """Number of output channels."""
         return self[-1].out_channels
 
     def forward(self, inp: Tensor) -> Tensor:
@@ -112,16 +119,32 @@ class Stack(nn.Sequential):
     def __iter__(self) -> Iterator[Any]:
         return super().__iter__()
 
+
+class Chain(Stack):
+    """A sequence that takes what its first module takes, and gives what its last one gives."""
+
+    @property
+    def ndim(self) -> int:
+        """Number of spatial dimensions."""
+        return self[0].ndim
+
     @property
     def inp_channels(self) -> int:
+        """Number of input channels."""
         return self[0].inp_channels
 
     @property
     def out_channels(self) -> int:
+        """Number of output channels."""
         return self[-1].out_channels
 
+    @property
+    def all_out_channels(self) -> list[int]:
+        """Number of channels that leave each module."""
+        return [module.out_channels for module in self]
 
-class ModuleGroup(Stack):
+
+class ModuleGroup(Chain):
     """Modules one after the other, perhaps with residual connections around each.
 
     With residual connections, the modules preserve the number of channels and the spatial size;
@@ -148,11 +171,6 @@ class ModuleGroup(Stack):
             skip = self.skip if index.indices(len(self))[0] == 0 else 0
             return ModuleGroup(list(self)[index], residual=self.residual, skip=skip)
         return super().__getitem__(index)
-
-    @property
-    def all_out_channels(self) -> list[int]:
-        """Number of channels that leave each module."""
-        return [module.out_channels for module in self]
 
     def forward(self, inp: Tensor, *, return_all: bool = False) -> Any:
         """

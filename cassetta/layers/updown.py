@@ -20,12 +20,17 @@ _POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 _UNPOOL = {1: nn.MaxUnpool1d, 2: nn.MaxUnpool2d, 3: nn.MaxUnpool3d}
 
 
-class Level:
+class Level(nn.Module):
     """What every way down or up knows of itself."""
 
     inp_channels: int
     out_channels: int
     factor: tuple[int, ...]
+
+    @property
+    def ndim(self) -> int:
+        """Number of spatial dimensions."""
+        return len(self.factor)
 
     def _describe(self, ndim: Any, inp: Any, out: Any, factor: Any) -> None:
         """Check and store the arguments that all share."""
@@ -48,7 +53,7 @@ class Level:
         return [_CONV[len(self.factor)](self.inp_channels, self.out_channels, kernel_size=1)]
 
 
-class DownConv(Level, nn.Module):
+class DownConv(Level):
     """Downsample by a convolution whose stride is its kernel size."""
 
     def __init__(
@@ -85,7 +90,7 @@ class DownConv(Level, nn.Module):
         return self.conv(inp)
 
 
-class UpConv(Level, nn.Module):
+class UpConv(Level):
     """Upsample by a transposed convolution whose stride is its kernel size."""
 
     def __init__(

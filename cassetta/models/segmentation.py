@@ -10,12 +10,18 @@ from cassetta.core import check
 from cassetta.core.typing import ActivationType, OneOrSeveral
 from cassetta.io.loadable import LoadableMixin
 from cassetta.layers import ConvBlock
-from cassetta.layers.simple import Stack
+from cassetta.layers.simple import Chain
 
-_BACKBONES = {name: kind for name, kind in vars(backbones).items() if isinstance(kind, type)}
+_BACKBONES = {
+    kind.__name__: kind
+    for kind in (
+        backbones.UNet, backbones.MeshNet, backbones.ATrousNet, backbones.ConvEncoder,
+        backbones.ConvDecoder,
+    )
+}  # fmt: skip
 
 
-class SegNet(LoadableMixin, Stack):
+class SegNet(LoadableMixin, Chain):
     """A feature convolution, a backbone, and a 1x1 convolution to classes.
 
     It is saved with all it takes to build it: `net.save(path)`, `SegNet.load_from(path)`.
@@ -104,13 +110,27 @@ class SegNet(LoadableMixin, Stack):
         )  # fmt: skip
 
     def forward(self, inp: Tensor) -> Tensor:
-        """(B, inp_channels, *size) -> (B, out_channels, *size)"""
+        """(B, inp_channels, *size) -> (B, out_channels, *size)
+
+        Raises
+        ------
+        ValueError, TypeError
+            If the image has other dimensions or channels, or is too small for the backbone.
+        """
+        self._check(inp)
         return super().forward(inp)
 
     def predict_logits(self, inp: Tensor) -> Tensor:
         """(B, inp_channels, *size) -> (B, out_channels, *size), before the last activation"""
+        self._check(inp)
         features, backbone, head = self
         return head.conv(backbone(features(inp)))
+
+    def _check(self, inp: Tensor) -> None:
+        """Refuse what some part could not work with, before the first one has worked."""
+        check.image(inp, self.ndim, self.inp_channels)
+        if hasattr(self[1], "check_size"):  # a user's backbone need not have it
+            self[1].check_size(inp.shape[2:])
 
 
 def _backbone(backbone: Any, ndim: int, options: dict[str, Any] | None) -> Any:

@@ -1,4 +1,4 @@
-"""Layers that learn the number of input channels from their first input."""
+"""Layers with a weight, whose shape is known at once or only from the first input."""
 
 from typing import Any, cast
 
