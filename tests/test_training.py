@@ -23,6 +23,10 @@ def test_the_split_leaves_a_gap_and_shares_nothing():
     assert part.learn.start - part.test.stop >= 13
     with pytest.raises(CommandError, match="50 slices long, too short .* gap of 49"):
         split(labels, gap=49)
+    with pytest.raises(CommandError, match="gap of 13 between two parts of at least 19"):
+        split(labels, 13, (1, 19, 1))
+    with pytest.raises(CommandError, match=r"\(10, 60, 10\) voxels, too few for a patch of 12"):
+        split(labels, 13, (12, 1, 12))
 
 
 @pytest.mark.parametrize("ndim", [1, 2, 3])

@@ -9,6 +9,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from cassetta.cli import demo, doctor, predict
 from cassetta.cli.errors import CommandError
 
@@ -16,7 +18,7 @@ COMMANDS = {"demo": demo, "predict": predict, "doctor": doctor}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code (2 for a request that cannot be met)."""
+    """Run a command; returns its exit code: 2 for what cannot be done, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser("cassetta", description="Convolutional backbones for images.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
@@ -26,6 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         return COMMANDS[arguments.command].run(arguments)
-    except CommandError as error:
-        print(f"cassetta {arguments.command}: {error}", file=sys.stderr)
-        return 2
+    except (CommandError, OSError) as error:
+        reason = str(error)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        reason = f"not enough memory, use smaller patches or voxels that are less fine ({error})"
+    except KeyboardInterrupt:
+        return 130
+    print(f"cassetta {arguments.command}: {reason}", file=sys.stderr)
+    return 2

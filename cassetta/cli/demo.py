@@ -2,12 +2,14 @@
 
 Without --image, the brain is the ICBM152 template that nilearn ships: the average of 152 brains.
 It is symmetric to the last bit, so left and right are the same data. The network therefore learns
-from the front half of the brain and is tested on the back half, and the gap between them is wider
-than a patch: no voxel that it has seen takes part in the test.
+from the front half of the brain and is tested on the back half, with a gap between them that is
+wider than a patch. All it knows of the back half is the scale of its brightness: the image is
+standardized as a whole.
 """
 
 import argparse
 import json
+import math
 import platform
 from pathlib import Path
 
@@ -17,12 +19,12 @@ from rich.table import Table
 
 import cassetta
 from cassetta.cli import network
-from cassetta.cli.errors import CommandError, need
+from cassetta.cli.errors import CommandError, need, writable
 from cassetta.cli.figure import draw
-from cassetta.cli.patches import Sampler, box
+from cassetta.cli.patches import AXES, Sampler, box
 from cassetta.cli.predict import probabilities
 from cassetta.cli.training import History, dice, peak_memory, train
-from cassetta.cli.volume import Split, Volume, read, split, template
+from cassetta.cli.volume import Split, Volume, labelled, read, split, template
 
 PATCH = {3: 24, 2: 32, 1: 32}
 BATCH = {3: 4, 2: 64, 1: 512}
@@ -32,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     own = parser.add_argument_group("the data")
     own.add_argument("--image", type=Path, help="a 3-D NIfTI image of your own")
-    own.add_argument("--labels", type=Path, help="its labels, on the same grid")
+    own.add_argument(
+        "--labels", type=Path, help="its labels, on the same grid; the lowest is the background"
+    )
     own.add_argument("--resolution", type=float, default=2.0, help="voxel size in mm [2]")
     net = parser.add_argument_group("the network")
     net.add_argument("--backbone", default="MeshNet", help="MeshNet, UNet or ATrousNet [MeshNet]")
@@ -43,7 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     net.add_argument("--ndim", type=int, choices=(1, 2, 3), default=3, help="dimensions [3]")
     how = parser.add_argument_group("the training")
     how.add_argument("--steps", type=int, default=300, help="optimizer steps [300]")
-    how.add_argument("--patch", type=int, help="size of a patch in voxels [24; 32 below 3-D]")
+    how.add_argument(
+        "--patch",
+        type=int,
+        help="size of a patch in voxels [24; 32 below 3-D; less if the image is small]",
+    )
     how.add_argument("--batch", type=int, help="patches per step [4; 64 in 2-D, 512 in 1-D]")
     how.add_argument("--lr", type=float, default=0.02, help="largest learning rate [0.02]")
     how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... [auto]")
@@ -55,25 +63,23 @@ def run(arguments: argparse.Namespace) -> int:
     """Train, test, draw; 130 if Ctrl-C ended the training (the weights are saved all the same)."""
     console = Console(soft_wrap=True)
     _check(arguments)
-    patch = arguments.patch or PATCH[arguments.ndim]
     batch = arguments.batch or BATCH[arguments.ndim]
     device = network.device(arguments.device)
     need("matplotlib.figure")  # rather now than after the training
     volume = _volume(arguments)
     assert volume.labels is not None
-    part = split(volume.labels, gap=patch + 1)
+    patch = arguments.patch or _patch(volume.labels, arguments.ndim)
+    size = box(arguments.ndim, patch)
+    part = split(volume.labels, patch + 1, size)
     torch.manual_seed(arguments.seed)
     chosen = network.options(arguments.option, arguments.backbone)
-    net = network.build(arguments.ndim, len(volume.names), arguments.backbone, chosen)
+    net = network.build(arguments.ndim, len(volume.names), arguments.backbone, chosen, patch)
+    weights = writable(arguments.out) / "weights.pt"
     _introduce(console, volume, part, net, arguments.backbone, chosen, device)
 
     front = (slice(None), part.learn)
-    sampler = Sampler(
-        volume.image[front], volume.labels[front], box(arguments.ndim, patch), arguments.seed
-    )
+    sampler = Sampler(volume.image[front], volume.labels[front], size, arguments.seed)
     history = train(net, sampler, arguments.steps, batch, arguments.lr, device)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    weights = arguments.out / "weights.pt"
     known = network.Surroundings(arguments.resolution, patch, volume.names, volume.values)
     network.save(net.cpu(), known, weights)
     if history.interrupted:
@@ -102,8 +108,10 @@ def _check(arguments: argparse.Namespace) -> None:
     """Refuse numbers that make no sense, before anything is loaded."""
     for name in ("steps", "patch", "batch", "lr", "resolution"):
         value = getattr(arguments, name)
-        if value is not None and not value > 0:
-            raise CommandError(f"--{name} {value} must be positive")
+        if value is not None and not 0 < value < math.inf:
+            raise CommandError(f"--{name} {value} must be positive and finite")
+    if not 0 <= arguments.seed < 2**63:
+        raise CommandError(f"--seed {arguments.seed} must lie between 0 and 2**63")
     if arguments.patch == 1:
         raise CommandError("--patch 1 leaves nothing to convolve: use at least 2")
     if (arguments.image is None) != (arguments.labels is None):
@@ -114,6 +122,12 @@ def _volume(arguments: argparse.Namespace) -> Volume:
     if arguments.image is None:
         return template(arguments.resolution)
     return read(arguments.image, arguments.labels, arguments.resolution)
+
+
+def _patch(labels: torch.Tensor, ndim: int) -> int:
+    """The usual size of a patch, or what fits into a smaller volume: a part, a gap, a part."""
+    first, last = labelled(labels)
+    return max(2, min(PATCH[ndim], (last - first - 1) // 3, *(labels.shape[n] for n in AXES[ndim])))
 
 
 def _introduce(

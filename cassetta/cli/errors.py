@@ -1,6 +1,8 @@
 """What a command says instead of a traceback."""
 
 import importlib
+import os
+from pathlib import Path
 from types import ModuleType
 
 
@@ -17,3 +19,14 @@ def need(name: str) -> ModuleType:
             f"{name.split('.')[0]} is needed and cannot be imported ({error}): "
             "pip install 'cassetta-triton[demo]'"
         ) from error
+
+
+def writable(folder: Path) -> Path:
+    """The folder, made if need be, once it is sure that files can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"--out {folder} cannot be made a folder: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise CommandError(f"--out {folder} cannot be written to: choose another folder")
+    return folder

@@ -9,6 +9,7 @@ import torch
 from cassetta.cli.errors import CommandError
 from cassetta.costs import summary
 from cassetta.io import loadable
+from cassetta.kernels import dispatch
 from cassetta.models import SegNet
 
 _SURROUNDINGS = "cassetta.predict"
@@ -31,7 +32,11 @@ class Surroundings(NamedTuple):
 
 
 def device(name: str) -> torch.device:
-    """The device of this name; "auto" is the GPU if there is one."""
+    """The device of this name, "auto" being the GPU if there is one, and a backend that can run."""
+    try:
+        dispatch.implementation()
+    except (ValueError, dispatch.BackendError) as error:
+        raise CommandError(str(error)) from error
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -57,11 +62,13 @@ def options(words: list[str], backbone: str) -> dict[str, Any]:
     return chosen
 
 
-def build(ndim: int, nb_classes: int, backbone: str, opt_backbone: dict[str, Any]) -> SegNet:
-    """A network from one channel to `nb_classes` that preserves the size of an image."""
+def build(
+    ndim: int, nb_classes: int, backbone: str, opt_backbone: dict[str, Any], patch: int
+) -> SegNet:
+    """A network from one channel to `nb_classes` that preserves the size of a patch."""
     try:
         net = SegNet(ndim, 1, nb_classes, backbone=backbone, opt_backbone=opt_backbone)
-        size = (64,) * ndim
+        size = (patch,) * ndim
         out = summary(net, (1, 1, *size))[-1].shape[2:]
     except (TypeError, ValueError) as error:
         raise CommandError(str(error)) from error

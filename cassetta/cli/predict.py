@@ -14,7 +14,7 @@ from rich.progress import track
 from torch import Tensor
 
 from cassetta.cli import network
-from cassetta.cli.errors import CommandError, need
+from cassetta.cli.errors import CommandError, need, writable
 from cassetta.cli.patches import box, sweep
 from cassetta.cli.volume import Volume, open_image, read
 
@@ -38,10 +38,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(f"--out {out} must end in .nii or .nii.gz")
     if out.resolve() == image.resolve():
         raise CommandError(f"--out {out} would overwrite the image")
+    device = network.device(arguments.device)
+    need("nibabel.processing")
+    writable(out.parent)
     net, known = network.load(arguments.weights)
     original = open_image(image)
     volume = read(image, None, known.resolution)
-    guess = probabilities(net, volume, known.patch, network.device(arguments.device), "labelling")
+    guess = probabilities(net, volume, known.patch, device, "labelling")
     labels = onto_grid(guess.cpu().numpy(), volume.affine, original)
     _write(np.asarray(known.values)[labels], original, out)
     counts = np.bincount(labels.ravel(), minlength=len(known.names))

@@ -1,5 +1,6 @@
 """Training: the loss, the loop, and what was measured on the way."""
 
+import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from rich.progress import (
 from torch import Tensor
 from torch.nn import functional as F
 
+from cassetta.cli.errors import CommandError
 from cassetta.cli.patches import Sampler
 from cassetta.models import SegNet
 
@@ -44,7 +46,11 @@ def train(
     history = History()
     net.to(device).train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.2)
+    # one more than there are, so that the last step counts too; and it rises for one at least
+    total = steps + 1
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=total, pct_start=max(0.2, 1.5 / total)
+    )
     columns = (
         TextColumn("learning"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"),
         TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn(), TextColumn("left"),
@@ -61,6 +67,11 @@ def train(
                 optimizer.step()
                 schedule.step()
                 history.losses.append(loss.item())
+                if not math.isfinite(history.losses[-1]):
+                    raise CommandError(
+                        f"the loss became {history.losses[-1]} at step {len(history.losses)}: "
+                        f"use a smaller learning rate than --lr {lr}"
+                    )
                 history.seconds.append(time.perf_counter() - start)
                 progress.update(task, advance=1, loss=history.losses[-1])
         except KeyboardInterrupt:

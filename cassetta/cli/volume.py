@@ -1,5 +1,6 @@
 """Brain volumes: the template that nilearn ships, or any NIfTI image, on a regular grid."""
 
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,7 +66,10 @@ def read(image: Path, labels: Path | None, resolution: float) -> Volume:
         raise CommandError(
             f"{labels} ({truth.shape}) and {image} ({original.shape}) lie on different grids"
         )
-    if len(kinds := np.unique(np.asarray(truth.dataobj).round())) < 2:
+    given = np.asarray(truth.dataobj)
+    if not np.isfinite(given).all() or np.abs(given - given.round()).max() > 1e-3:
+        raise CommandError(f"{labels} holds other numbers than whole ones: it is no map of labels")
+    if len(kinds := np.unique(given.round())) < 2:
         raise CommandError(f"{labels} holds only the value {kinds[0]:g}: there is nothing to learn")
     numbers = np.asarray(_regrid(truth, resolution, order=0).dataobj).round().astype(np.int64)
     found, dense = np.unique(numbers, return_inverse=True)
@@ -84,29 +88,48 @@ def standardize(values: np.ndarray) -> Tensor:
     return torch.from_numpy(((values - inside.mean()) / inside.std()).astype(np.float32))
 
 
-def split(labels: Tensor, gap: int) -> Split:
-    """Front and back of what is labelled, as long as each other, with `gap` slices between them."""
-    others = [axis for axis in range(3) if axis != AHEAD]
-    where = torch.nonzero((labels > 0).any(others[1]).any(others[0])).flatten()
-    first, last = int(where[0]), int(where[-1]) + 1
+def split(labels: Tensor, gap: int, size: tuple[int, int, int] = (1, 1, 1)) -> Split:
+    """Front and back of what is labelled, as long as each other, with `gap` slices between them.
+
+    Boxes of a given `size` must fit into each, or a CommandError says what does.
+    """
+    first, last = labelled(labels)
     half = (last - first - gap) // 2
-    if half < 1:
+    if half < size[AHEAD]:
         raise CommandError(
-            f"the labels are {last - first} slices long, too short for two parts with a gap of "
-            f"{gap}: use a smaller --patch or --resolution"
+            f"the labels are {last - first} slices long, too short for a gap of {gap} between two "
+            f"parts of at least {size[AHEAD]}: use a smaller --patch or a finer --resolution"
+        )
+    if any(n < most for n, most in zip(labels.shape, size, strict=True)):
+        raise CommandError(
+            f"the image has {tuple(labels.shape)} voxels, too few for a patch of {max(size)}: "
+            "use a smaller --patch or a finer --resolution"
         )
     return Split(learn=slice(last - half, last), test=slice(first, first + half))
 
 
+def labelled(labels: Tensor) -> tuple[int, int]:
+    """The first slice, from back to front, that holds a label, and the one after the last."""
+    others = [axis for axis in range(3) if axis != AHEAD]
+    where = torch.nonzero((labels > 0).any(others[1]).any(others[0])).flatten()
+    return int(where[0]), int(where[-1]) + 1
+
+
 def open_image(path: Path) -> Any:
-    """A 3-D image of any format that nibabel reads."""
+    """A 3-D image of any format that nibabel reads, in memory."""
     nibabel = need("nibabel")
+    broken = (OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError)
     try:
         loaded = nibabel.squeeze_image(nibabel.load(path))
-    except (OSError, nibabel.filebasedimages.ImageFileError) as error:
+        values = np.asanyarray(loaded.dataobj)
+    except broken as error:
         raise CommandError(f"{path} cannot be read as an image: {error}") from error
-    if len(loaded.shape) != 3:
+    if len(loaded.shape) != 3 or 0 in loaded.shape:
         raise CommandError(f"{path} has shape {loaded.shape}, but a 3-D image is needed")
+    if values.dtype.kind not in "iuf":
+        raise CommandError(f"{path} holds {values.dtype}, but one number per voxel is needed")
+    if not np.isfinite(loaded.affine).all() or abs(np.linalg.det(loaded.affine)) < 1e-12:
+        raise CommandError(f"{path} does not say where its voxels lie: its affine is singular")
     return loaded
 
 
