@@ -2,13 +2,14 @@
 
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from cassetta.kernels import dispatch
 from cassetta.layers import ConvBlock
@@ -87,8 +88,16 @@ def summary(model: nn.Module, *inputs: Tensor | Sequence[int]) -> Summary:
     Returns
     -------
     summary : Summary
-        One row per block: a `ConvBlock`, a way down or up, or a module without children.
+        One row per block: a `ConvBlock`, a way down or up, or a module without children; and one
+        for what happens between blocks, if that costs anything.
+
+    Raises
+    ------
+    ValueError
+        If the shape of a parameter is not known yet, or the network refuses the inputs.
     """
+    if any(map(is_lazy, model.parameters())):
+        raise ValueError("model holds lazy layers without a shape: call it once on an image first")
     twins = {p: p.detach().to("meta").requires_grad_() for p in model.parameters()}
     state: dict[str, Tensor] = {name: b.to("meta") for name, b in model.named_buffers()}
     for place, module in model.named_modules():  # each once, though blocks may be shared
@@ -100,7 +109,8 @@ def summary(model: nn.Module, *inputs: Tensor | Sequence[int]) -> Summary:
         for x in inputs
     ]
     meter = _Meter(twins.values())
-    hooks = [hook for name, block in _blocks(model, "") for hook in meter.attach(name, block)]
+    blocks = {block: name for name, block in reversed([*_blocks(model, "")])}  # the first name
+    hooks = [hook for block, name in blocks.items() for hook in meter.attach(name, block)]
     try:
         with meter:
             # tie_weights=True would leave shared modules with the tensors of this call
@@ -108,7 +118,7 @@ def summary(model: nn.Module, *inputs: Tensor | Sequence[int]) -> Summary:
     finally:
         for hook in hooks:
             hook.remove()
-    return Summary(meter.rows(), dispatch.why_reference())
+    return Summary(meter.rows(model), dispatch.why_reference())
 
 
 def _blocks(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
@@ -130,7 +140,7 @@ class _Meter:
         self.saving = torch.autograd.graph.saved_tensors_hooks(self._save, lambda tensor: tensor)
         self.held = {p.untyped_storage()._cdata: p for p in parameters}
         self.kept = 0
-        self.found: dict[str, Row] = {}
+        self.found: dict[nn.Module, Row] = {}
         self.before = (0, 0)
 
     def __enter__(self) -> None:
@@ -152,20 +162,36 @@ class _Meter:
         return self.flops.get_total_flops(), self.kept
 
     def attach(self, name: str, block: nn.Module) -> list[Any]:
+        """Hooks that fill the row of a block, each time that it runs."""
+
         def start(module: nn.Module, args: Any) -> None:
             self.before = self._now()
 
         def stop(module: nn.Module, args: Any, out: Any) -> None:
             flops, kept = (now - then for now, then in zip(self._now(), self.before, strict=True))
-            earlier = self.found.get(name)  # a block that is shared runs several times
+            earlier = self.found.get(block)  # a block that is shared runs several times
             if earlier:
                 flops, kept = flops + earlier.flops, kept + earlier.kept_bytes
             shape = tuple((out[0] if isinstance(out, tuple) else out).shape)
-            size = sum(math.prod(p.shape) for p in module.parameters())
-            row = Row(name, type(module).__name__, shape, size, flops, kept, "reference")
-            self.found[name] = row
+            self.found[block] = Row(name, type(module).__name__, shape, 0, flops, kept, "reference")
 
         return [block.register_forward_pre_hook(start), block.register_forward_hook(stop)]
 
-    def rows(self) -> list[Row]:
-        return list(self.found.values())
+    def rows(self, model: nn.Module) -> list[Row]:
+        """A row per block that ran, and one for what is left. A parameter is counted once."""
+        left = set(model.parameters())
+        rows = []
+        for block, row in self.found.items():
+            own = left & set(block.parameters())
+            left -= own
+            rows.append(row._replace(parameters=_count(own)))
+        flops, kept = self._now()
+        flops -= sum(row.flops for row in rows)
+        kept -= sum(row.kept_bytes for row in rows)
+        if left or flops or kept:
+            rows.append(Row("(between blocks)", "", (), _count(left), flops, kept, "reference"))
+        return rows
+
+
+def _count(parameters: Iterable[Tensor]) -> int:
+    return sum(math.prod(p.shape) for p in parameters)

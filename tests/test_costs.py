@@ -77,6 +77,36 @@ def test_one_row_per_block():
     assert len(found) == 10
 
 
+class Tied(nn.Module):
+    """Two parts that share a block, and an operation and a parameter between them."""
+
+    def __init__(self):
+        super().__init__()
+        block = ConvGroup(2, 4, norm=2)
+        self.one, self.two = nn.Sequential(block, nn.PReLU()), nn.Sequential(block)
+        self.scale = nn.Parameter(torch.ones(4, 4))
+
+    def forward(self, inp):
+        return torch.einsum("oc,bcxy->boxy", self.scale, self.two(self.one(inp)))
+
+
+def test_what_is_shared_counts_once_and_what_lies_between_blocks_counts_too():
+    net = Tied()
+    found = cassetta.summary(net, (2, 4, 8, 8))
+    flops, kept = really(net, torch.randn(2, 4, 8, 8))
+    assert [row.name for row in found] == ["one.0.0", "one.1", "(between blocks)"]
+    assert found.parameters == sum(p.numel() for p in net.parameters())
+    assert (found.flops, found.kept_bytes) == (flops, kept)
+    assert found[0].flops == 2 * 2 * (2 * 4 * 4 * 9 * 64)
+    assert found[-1].parameters == 16
+    assert found[-1].flops == 2 * 2 * 4 * 4 * 64
+
+
+def test_a_layer_without_a_shape_is_refused():
+    with pytest.raises(ValueError, match="call it once on an image first"):
+        cassetta.summary(nn.Sequential(cassetta.layers.LazyConv(3)), (1, 2, 8, 8))
+
+
 def test_prints_as_a_table_with_its_reason():
     text = str(cassetta.summary(NETS["unet"](), torch.randn(1, 4, 16, 16)))
     assert "encoder.0.0" in text

@@ -1,7 +1,9 @@
 """Modules that save how they were built, and files that can do no more than build them."""
 
+import copy
 import io
 import pickle
+import sys
 from functools import partial
 
 import numpy as np
@@ -180,6 +182,40 @@ def test_files_may_only_name_classes_of_modules(module, qualname):
     packed = {**NETS["unet"]().serialize(), "module": module, "qualname": qualname}
     with pytest.raises(ValueError, match="no class of modules"):
         load(packed)
+
+
+@pytest.mark.parametrize("module", ["cassetta.__main__", "cassetta.nowhere", "torch.nn.nowhere"])
+def test_files_import_nothing(module):
+    """`import cassetta.__main__` would run the command line."""
+    packed = {**NETS["unet"]().serialize(), "module": module, "qualname": "main"}
+    with pytest.raises(ValueError, match="no class of modules"):
+        load(packed)
+    assert module not in sys.modules
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_pickles_and_copies_can_be_saved(name):
+    net = NETS[name]().eval()
+    data = inputs(net)
+    for twin in (pickle.loads(pickle.dumps(net)), copy.deepcopy(net)):
+        assert_near(load(twin.serialize()).eval()(*data), net(*data))
+
+
+def test_a_network_built_with_a_function_can_be_pickled_though_not_saved():
+    net = MeshNet(2, 4, nb_layers=1, activation=lambda: nn.LeakyReLU(0.1))
+    twin = pickle.loads(pickle.dumps(net.eval()))
+    data = inputs(net)
+    assert_near(twin(*data), net(*data))
+    with pytest.raises(TypeError, match="activation = <function .* cannot be saved"):
+        twin.serialize()
+
+
+def test_numbers_of_numpy_are_plain_numbers():
+    net = MeshNet(2, np.int32(4), nb_layers=1, dropout=np.float32(0.25), bias=np.bool_(False))
+    kwargs = net.serialize()["kwargs"]
+    assert kwargs["dropout"] == 0.25
+    assert kwargs["bias"] is False
+    assert load(net.serialize())[0][0].conv.bias is None
 
 
 def test_files_may_name_a_package_that_is_allowed():

@@ -5,18 +5,17 @@ A file holds a dictionary of plain values and tensors,
     {"cassetta.Loadable": "1.0", "module": ..., "qualname": ..., "args": ..., "kwargs": ...,
      "state": ...}
 
-in upstream's format. It is read by `torch.load(weights_only=True)`, which runs no code from the
-file, and only names classes; a name is followed only if the class is known already, or lies in a
-package that is allowed. So a file can do no more than build modules.
-"""
+in upstream's format. It is read by `torch.load(weights_only=True)`, which runs no code XX"""
 
 import functools
 import importlib
 import os
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,7 +23,7 @@ Source = str | os.PathLike | IO[bytes] | dict
 
 VERSION = "1.0"
 ALLOWED = ("cassetta", "torch.nn")
-"""Packages whose module classes a file may name."""
+"""Packages whose module classes a file may name, if they are imported already."""
 
 _KEY, _CLASS, _PARTIAL = "cassetta.Loadable", "cassetta.class", "cassetta.partial"
 _known: dict[tuple[str, str], type] = {}
@@ -138,6 +137,7 @@ def load(source: Source, allow: Iterable[str] = ()) -> Any:
 load_module = load
 
 
+@functools.cache
 def make_loadable(cls: type[nn.Module], save_args: bool = True) -> Any:
     """A loadable subclass of a module class.
 
@@ -146,8 +146,20 @@ def make_loadable(cls: type[nn.Module], save_args: bool = True) -> Any:
     ```
     """
     name = "Loadable" + cls.__name__
-    body = {"__module__": cls.__module__, "__qualname__": name, "_is_made_loadable": True}
+
+    def __reduce__(self: Any) -> tuple:  # pickle finds the class by what it was made of
+        return _bare, (cls, save_args), self.__dict__
+
+    body = {
+        "__module__": cls.__module__, "__qualname__": name, "__reduce__": __reduce__,
+        "_is_made_loadable": True,
+    }  # fmt: skip
     return type(name, (LoadableMixin, cls), body, save_args=save_args)
+
+
+def _bare(cls: type[nn.Module], save_args: bool) -> Any:
+    made = make_loadable(cls, save_args)
+    return made.__new__(made)
 
 
 def save(packed: dict[str, Any], path: str | os.PathLike | IO[bytes]) -> None:
@@ -180,10 +192,28 @@ def _remembering(cls: type) -> Callable[..., None]:
 
 
 def _copied(value: Any) -> Any:
-    """`value` with fresh containers, so that the caller may change the ones that were passed."""
+    """`value` with fresh containers, so that the caller may change the ones that were passed.
+
+    Functions, which `save` refuses anyway, leave their name only: a network that was built with a
+    lambda can still be pickled.
+    """
     if type(value) in (list, tuple):
         return type(value)(map(_copied, value))
-    return {k: _copied(v) for k, v in value.items()} if type(value) is dict else value
+    if type(value) is dict:
+        return {k: _copied(v) for k, v in value.items()}
+    made = value.func if isinstance(value, functools.partial) else value
+    is_plain = isinstance(made, (type, nn.Module)) or not callable(made)
+    return value if is_plain else _Function(repr(value))
+
+
+class _Function:
+    """Stands for an argument that cannot be saved."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
 
 
 def _pack(value: Any, what: str) -> Any:
@@ -201,8 +231,8 @@ def _pack(value: Any, what: str) -> Any:
     plain = (type(None), bool, int, float, complex, str, bytes, torch.Tensor, torch.dtype)
     if isinstance(value, (*plain, torch.device)):
         return value
-    if hasattr(value, "__index__"):  # an integer of numpy
-        return int(value)
+    if isinstance(value, np.generic):
+        return value.item()
     fix = "pass a name or a class"
     if isinstance(value, nn.Module):
         fix = f"pass its name or class, or make_loadable({type(value).__name__})(...)"
@@ -264,15 +294,20 @@ def _find(module: str, qualname: str, allow: tuple[str, ...]) -> type:
     """The class that a file names, if it is known already or lies in an allowed package."""
     if (module, qualname) in _known:
         return _known[module, qualname]
-    packages = (*ALLOWED, *allow)
-    if not any(module == p or module.startswith(p + ".") for p in packages):
+
+    def within(packages: tuple[str, ...]) -> bool:
+        return any(module == p or module.startswith(p + ".") for p in packages)
+
+    if not within(ALLOWED + allow):
         raise ValueError(
             f"the file names the class {module}.{qualname}, outside the packages it may name "
-            f"({', '.join(packages)}): if you trust it, pass allow=[{module.split('.')[0]!r}]"
+            f"({', '.join(ALLOWED + allow)}): if you trust it, pass "
+            f"allow=[{module.split('.')[0]!r}]"
         )
-    found: Any = importlib.import_module(module)
+    # to import is to run code, which only the caller may allow
+    found: Any = importlib.import_module(module) if within(allow) else sys.modules.get(module)
     for name in qualname.split("."):
-        found = getattr(found, name)
+        found = getattr(found, name, None)
     if not isinstance(found, type) or not issubclass(found, (nn.Module, LoadableMixin)):
         raise ValueError(f"the file names {module}.{qualname}, which is no class of modules")
     return found
