@@ -3,7 +3,8 @@
     make bench
 
 Runs on the GPU if there is one. The two agree to rounding, which is asserted before they are timed:
-the layers of this package must cost nothing over those of torch.
+what the layers of this package add is the check of their input, some 15 us per block, which only
+shows on images of a few voxels.
 """
 
 import pytest

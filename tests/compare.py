@@ -22,7 +22,7 @@ def image(*shape: int, dtype: torch.dtype = torch.float64, grad: bool = True) ->
 def assert_gradients(module: nn.Module, inp: Tensor) -> None:
     """The gradients of input and parameters agree with finite differences, in float64.
 
-    In fast mode: one random projection of the Jacobian, which no wrong gradient passes twice.
+    In fast mode: along one random direction, which a wrong gradient fails with probability one.
     """
     module = module.double()
     names = [name for name, _ in module.named_parameters()]

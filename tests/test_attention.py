@@ -106,7 +106,8 @@ def test_block_attention_equals_its_formula():
 @pytest.mark.parametrize("kind", [SqzEx, BlockAttention])
 @pytest.mark.parametrize("mode", ["c", "s", "cs", "sc", "+"])
 def test_modes(kind, mode):
-    layer = kind(ndim=2, channels=6, mode=mode).double()
+    where = {"ndim": 2} if kind is BlockAttention else {}
+    layer = kind(**where, channels=6, mode=mode).double()
     inp = image(1, 6, 5, 4)
     expected = [module(inp) for module in layer]
     if mode == "+":

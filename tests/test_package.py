@@ -46,6 +46,7 @@ def imported_modules(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path} imports relatively"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
@@ -59,6 +60,23 @@ def test_imports_go_one_way():
             other = part_of(module)
             if other in FLOORS:
                 assert FLOORS.index(other) >= FLOORS.index(own), f"{path} imports {module}"
+
+
+def test_kernels_import_only_kernels():
+    """They take tensors and tuples, and could be lifted out of this package as they are."""
+    for path in sources():
+        if path.relative_to(ROOT).parts[0] == "kernels":
+            for module in imported_modules(path):
+                inside = module.startswith("cassetta.kernels.")
+                assert inside or not module.startswith("cassetta"), f"{path} imports {module}"
+
+
+def test_functions_are_short():
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                length = (node.end_lineno or 0) - node.body[0].end_lineno
+                assert length <= 50, f"{path}: {node.name} has {length} lines"
 
 
 def test_only_the_kernels_know_of_devices_and_triton():

@@ -94,6 +94,12 @@ def bound(name: str, value: Any) -> None:
         ) from None
 
 
+def tensor(inp: Any, name: str = "inp") -> None:
+    """A tensor of any shape."""
+    if not isinstance(inp, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(inp).__name__}")
+
+
 def image(
     inp: Any, ndim: int, channels: int | None = None, name: str = "inp", labels: bool = False
 ) -> None:
@@ -101,8 +107,7 @@ def image(
 
     It holds floating-point numbers; or, if it may be `labels`, integers.
     """
-    if not isinstance(inp, Tensor):
-        raise TypeError(f"{name} must be a tensor, not {type(inp).__name__}")
+    tensor(inp, name)
     fits = inp.ndim == ndim + 2 and (channels is None or inp.shape[1] == channels)
     if not fits or 0 in inp.shape[2:]:
         sizes = ", ".join("WHD"[:ndim])

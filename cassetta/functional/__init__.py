@@ -1,4 +1,4 @@
-"""What the layers compute, as functions of tensors. Only `functional` calls `cassetta.kernels`."""
+"""What the layers compute, as functions of tensors. Only here is asked who computes it."""
 
 from cassetta.functional.attention import dot_product_attention as dot_product_attention
 from cassetta.functional.conv import (

@@ -47,7 +47,7 @@ def conv(
     padding_mode: BoundType = "zeros",
 ) -> Tensor:
     """Cross-correlate inp (B, C, *size) with weight (K, C/groups, *kernel_size): (B, K, *out)."""
-    if to_enum(padding_mode) != Bound.zero:
+    if padding_mode != "zeros" and to_enum(padding_mode) != Bound.zero:  # the word is quick to tell
         inp = pad(inp, geometry.padding, padding_mode)
         geometry = geometry._replace(padding=((0, 0),) * len(geometry.padding))
     return dispatch.implementation().conv_fprop(inp, weight, bias, geometry)

@@ -150,7 +150,6 @@ class SqzEx(_Modes):
         activation: ActivationType = "ReLU",
         device: DeviceType | None = None,
         dtype: DataType | None = None,
-        ndim: int | None = None,
     ) -> None:
         """
         Parameters
@@ -159,8 +158,6 @@ class SqzEx(_Modes):
             As in `ChannelSqzEx`.
         mode : {"+", "c", "s", "cs", "sc"}
             Channel and spatial excitation summed; one of them; or one after the other.
-        ndim : int
-            Number of spatial dimensions; any will do.
         """
         super().__init__(
             mode,

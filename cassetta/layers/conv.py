@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial, reduce
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from bounds import to_enum
@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from cassetta import functional
 from cassetta.core import check
 from cassetta.core.typing import BoundType, DataType, DeviceType, OneOrSeveral, SeparableType
-from cassetta.core.utils import to_torch_dtype
 from cassetta.kernels.types import Geometry
-from cassetta.layers.weighted import Lazy, Weighted
-
-PaddingType = Literal["same", "valid"] | OneOrSeveral[int]
+from cassetta.layers.convbase import ConvBase, PaddingType
+from cassetta.layers.weighted import Lazy
 
 
 def make_conv(
@@ -69,96 +67,7 @@ def make_conv(
     return layer(ndim, inp_channels, out_channels, **common)
 
 
-class _Conv(Weighted):
-    ndim: int
-    kernel_size: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: Any  # "same", "valid" or one number per dimension
-    dilation: tuple[int, ...]
-    output_padding: tuple[int, ...]
-    groups: int
-    padding_mode: BoundType
-    transposed: ClassVar[bool]
-
-    def __init__(
-        self,
-        ndim: int,
-        inp_channels: int,
-        out_channels: int | None = None,
-        kernel_size: OneOrSeveral[int] = 3,
-        stride: OneOrSeveral[int] = 1,
-        padding: PaddingType = 0,
-        dilation: OneOrSeveral[int] = 1,
-        output_padding: OneOrSeveral[int] = 0,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: BoundType = "zeros",
-        device: DeviceType | None = None,
-        dtype: DataType | None = None,
-    ) -> None:
-        super().__init__()
-        given: dict[str, Any] = {
-            "ndim": ndim, "inp_channels": inp_channels, "out_channels": out_channels,
-            "kernel_size": kernel_size, "stride": stride, "padding": padding,
-            "dilation": dilation, "output_padding": output_padding, "groups": groups,
-            "padding_mode": padding_mode,
-        }  # fmt: skip
-        for name, value in given.items():
-            setattr(self, name, value)
-        self._allocate(bias, device=device, dtype=to_torch_dtype(dtype))
-
-    def check_parameters(self) -> None:
-        ndim = self.ndim = check.dimensions(self.ndim)
-        self.inp_channels = check.whole("inp_channels", self.inp_channels)
-        if self.out_channels is None:
-            self.out_channels = self.inp_channels
-        self.out_channels = check.whole("out_channels", self.out_channels)
-        self.groups = check.whole("groups", self.groups)
-        for name in ("inp_channels", "out_channels"):
-            if getattr(self, name) % self.groups:
-                raise ValueError(
-                    f"groups={self.groups} does not divide {name}={getattr(self, name)}"
-                )
-        self.kernel_size = check.per_dimension("kernel_size", self.kernel_size, ndim)
-        self.stride = check.per_dimension("stride", self.stride, ndim)
-        self.dilation = check.per_dimension("dilation", self.dilation, ndim)
-        self.output_padding = check.per_dimension("output_padding", self.output_padding, ndim, 0)
-        if isinstance(self.padding, str):
-            check.one_of("padding", self.padding, ["same", "valid"])
-            if self.padding == "same" and any(s != 1 for s in self.stride):
-                raise ValueError(f"padding='same' is impossible with stride={self.stride}")
-        else:
-            self.padding = check.per_dimension("padding", self.padding, ndim, 0)
-        check.bound("padding_mode", self.padding_mode)
-
-    @property
-    def geometry(self) -> Geometry:
-        """Stride, padding, dilation and groups, as the kernels take them."""
-        if self.padding == "same":
-            padding = functional.same_padding(self.kernel_size, self.dilation)
-        elif self.padding == "valid":
-            padding = ((0, 0),) * self.ndim
-        else:
-            padding = tuple((p, p) for p in self.padding)
-        return Geometry(self.stride, padding, self.dilation, self.groups)
-
-    def extra_repr(self) -> str:
-        text = f"{self.inp_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
-        text += f", stride={self.stride}"
-        plain = {"padding": 0, "dilation": 1, "output_padding": 0}
-        for name, usual in plain.items():
-            if getattr(self, name) != (usual,) * self.ndim:
-                text += f", {name}={getattr(self, name)}"
-        if self.groups != 1:
-            text += f", groups={self.groups}"
-        if self.bias is None:
-            text += ", bias=False"
-        if self.padding_mode != "zeros":
-            text += f", padding_mode={self.padding_mode}"
-        return text
-
-
-class Conv(_Conv):
+class Conv(ConvBase):
     """Convolution in 1, 2 or 3 dimensions.
 
     Spatial dimensions come in the order of the tensor's, (B, C, W, H, D), in `kernel_size` and
@@ -209,10 +118,23 @@ class Conv(_Conv):
     def forward(self, inp: Tensor) -> Tensor:
         """(B, inp_channels, *size) -> (B, out_channels, *out_size)"""
         check.image(inp, self.ndim, self.inp_channels)
-        return functional.conv(inp, self.weight, self.bias, self.geometry, self.padding_mode)
+        geometry = self.geometry
+        if self.padding != "same":
+            self._check_size(inp, geometry)
+        return functional.conv(inp, self.weight, self.bias, geometry, self.padding_mode)
+
+    def _check_size(self, inp: Tensor, geometry: Geometry) -> None:
+        for axis, (before, after) in enumerate(geometry.padding):
+            have = inp.shape[axis + 2] + before + after
+            need = self.dilation[axis] * (self.kernel_size[axis] - 1) + 1
+            if have < need:
+                raise ValueError(
+                    f"inp has size {tuple(inp.shape[2:])}: with its padding, axis {axis} has "
+                    f"{have} voxels, but the dilated kernel spans {need}"
+                )
 
 
-class ConvTransposed(_Conv):
+class ConvTransposed(ConvBase):
     """Transposed convolution: the adjoint of a `Conv` that has the same options.
 
     The parameters are those of `Conv`; `padding` crops the output, and only zeros surround the
@@ -252,21 +174,27 @@ class ConvTransposed(_Conv):
         out : (B, out_channels, *out_size) tensor
         """
         check.image(inp, self.ndim, self.inp_channels)
-        extra = self.output_padding if out_size is None else self._missing(inp, out_size)
-        return functional.conv_transposed(inp, self.weight, self.bias, self.geometry, extra)
+        geometry, extra = self.geometry, self.output_padding
+        least = self._least_size(inp, geometry)
+        if out_size is not None:
+            extra = self._missing(inp, out_size, least)
+        if any(n + e < 1 for n, e in zip(least, extra, strict=True)):
+            raise ValueError(f"padding={self.padding!r} crops all that {tuple(inp.shape)} becomes")
+        return functional.conv_transposed(inp, self.weight, self.bias, geometry, extra)
 
-    def _missing(self, inp: Tensor, out_size: OneOrSeveral[int]) -> tuple[int, ...]:
+    def _least_size(self, inp: Tensor, geometry: Geometry) -> list[int]:
+        """The size of the output without output padding."""
+        stride, padding, dilation, _ = geometry
+        sizes = zip(inp.shape[2:], stride, padding, dilation, self.kernel_size, strict=True)
+        return [(n - 1) * s - sum(p) + d * (k - 1) + 1 for n, s, p, d, k in sizes]
+
+    def _missing(
+        self, inp: Tensor, out_size: OneOrSeveral[int], least: list[int]
+    ) -> tuple[int, ...]:
         """The output padding that leads to `out_size`."""
         last = check.several("out_size", out_size)[-self.ndim :]  # batch and channels may precede
         wanted = check.per_dimension("out_size", last, self.ndim)
-        stride, padding, dilation, _ = self.geometry
-        least = [
-            (n - 1) * s - sum(p) + d * (k - 1) + 1
-            for n, s, p, d, k in zip(
-                inp.shape[2:], stride, padding, dilation, self.kernel_size, strict=True
-            )
-        ]
-        most = [n + s - 1 for n, s in zip(least, stride, strict=True)]
+        most = [n + s - 1 for n, s in zip(least, self.stride, strict=True)]
         if any(not a <= n <= b for a, n, b in zip(least, wanted, most, strict=True)):
             raise ValueError(
                 f"out_size={wanted} cannot be reached from {tuple(inp.shape[2:])}: "
@@ -275,7 +203,7 @@ class ConvTransposed(_Conv):
         return tuple(n - a for a, n in zip(least, wanted, strict=True))
 
 
-class _LazyConv(Lazy, _Conv):
+class _LazyConv(Lazy, ConvBase):
     def __init__(
         self,
         out_channels: int | Callable[[int], int] | None = None,

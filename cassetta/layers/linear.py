@@ -53,6 +53,7 @@ class Linear(Weighted):
 
     def forward(self, inp: Tensor) -> Tensor:
         """(B, inp_channels, *size) -> (B, out_channels, *size), channels along `dim`"""
+        check.tensor(inp)
         if not -inp.ndim <= self.dim < inp.ndim or inp.shape[self.dim] != self.inp_channels:
             raise ValueError(
                 f"inp has shape {tuple(inp.shape)}, but {self.inp_channels} channels "

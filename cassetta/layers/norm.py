@@ -139,11 +139,11 @@ class InstanceNorm(_InstanceNorm):
 
 
 class LayerNorm(nn.GroupNorm):
-    """Group normalization with one group per channel.
+    """Group normalization [arXiv:1803.08494] with one group per channel.
 
     This is upstream's `norm="layer"`, whose checkpoints depend on it: it equals an affine instance
-    norm, **not** the layer norm of Ba et al. For that one, which normalizes all channels of a
-    sample together, ask for a single group: `norm=1`.
+    norm, **not** the layer norm of Ba et al. [arXiv:1607.06450]. For that one, which normalizes all
+    channels of a sample together, ask for a single group: `norm=1`.
     """
 
     def __init__(
@@ -169,6 +169,11 @@ class LayerNorm(nn.GroupNorm):
             channels, channels, eps, affine, device=device, dtype=to_torch_dtype(dtype)
         )
 
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, channels, *size) -> (B, channels, *size)"""
+        _check_channels(self, input, self.num_channels)
+        return super().forward(input)
+
 
 def _without_suffix(name: str) -> str:
     """ "batch" for "BatchNorm3d" and the like."""
@@ -176,6 +181,7 @@ def _without_suffix(name: str) -> str:
 
 
 def _check_channels(layer: nn.Module, inp: Tensor, channels: int) -> None:
+    check.tensor(inp)
     if inp.ndim < 2 or inp.shape[1] != channels:
         raise ValueError(
             f"inp has shape {tuple(inp.shape)}, but {type(layer).__name__} "
