@@ -35,6 +35,8 @@ def make_conv(
 ) -> nn.Module:
     """Make a convolution layer.
 
+    What is not listed is a parameter of `Conv`.
+
     Parameters
     ----------
     separable : bool or {"crosshair", "cross"}
@@ -42,8 +44,6 @@ def make_conv(
         strided or transposed.
     transpose : bool
         Make a `ConvTransposed`; only it takes `output_padding`.
-    **others
-        See `Conv`.
 
     Raises
     ------

@@ -183,6 +183,8 @@ class ConvGroup(ModuleGroup):
         skip: int = 0,
     ) -> None:
         """
+        What is not listed is a parameter of `ConvBlock`.
+
         Parameters
         ----------
         ndim : {1, 2, 3}
@@ -198,8 +200,6 @@ class ConvGroup(ModuleGroup):
         skip : int
             Number of additional channels in the input. If negative, of missing ones; then there
             can be no residual connections.
-        **others
-            See `ConvBlock`.
         """
         channels = check.whole("channels", channels)
         nb_conv = check.whole("nb_conv", nb_conv)

@@ -83,6 +83,8 @@ class DownConvGroup(DownGroup):
         **down_options: Any,
     ) -> None:
         """
+        What is not listed is a parameter of `ConvGroup`.
+
         Parameters
         ----------
         ndim : {1, 2, 3}
@@ -97,8 +99,6 @@ class DownConvGroup(DownGroup):
             Make a `DownInterpol`, `DownConv` or `DownPool`; "interpolate" and initials will do.
         **down_options
             Its further options: `interpolation`, `bound`, `prefilter`, or `return_indices`.
-        **others
-            See `ConvGroup`.
         """
         kinds = {"c": DownConv, "p": DownPool, "i": DownInterpol}
         down = kinds[resampling("mode", mode)]
@@ -236,6 +236,8 @@ class UpConvGroup(UpGroup):
         **up_options: Any,
     ) -> None:
         """
+        What is not listed is a parameter of `ConvGroup`.
+
         Parameters
         ----------
         ndim : {1, 2, 3}
@@ -253,8 +255,6 @@ class UpConvGroup(UpGroup):
             do.
         **up_options
             Its further options: `interpolation`, `bound`, `prefilter`.
-        **others
-            See `ConvGroup`.
         """
         kinds = {"c": UpConv, "p": UpPool, "i": UpInterpol}
         up = kinds[resampling("mode", mode)]
