@@ -251,6 +251,10 @@ def test_ctrl_c_as_a_terminal_sends_it(tmp_path):
         (["--steps", "0"], "--steps 0 must be positive"),
         (["--lr", "-1"], "--lr -1.0 must be positive"),
         (["--resolution", "nan"], "--resolution nan must be positive"),
+        (["--resolution", "1e-9"], "must lie between 0.1 and 20 mm"),
+        (["--option", "mul_dilation=1e300"], "mul_dilation=1e+300 must be positive"),
+        (["--option", "nb_features=30000000"], "not enough memory"),
+        (["--device", "meta"], "--device meta cannot be used here"),
         (["--lr", "inf"], "--lr inf must be positive and finite"),
         (["--seed", "-1"], "--seed -1 must lie between"),
         (["--patch", "1"], "--patch 1"),
@@ -377,6 +381,29 @@ def test_predict_refuses_what_it_cannot_use(trained, tmp_path, capsys):
     ]:
         assert main(["predict", *words]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (3, "was not written by"),
+        ({"patch": 0}, "patch=0"),
+        ({"patch": "x"}, "patch='x'"),
+        ({"resolution": float("nan")}, "resolution=nan"),
+        ({"values": []}, "0 values"),
+        ({"values": ["a", "b", "c"]}, "values='a'"),
+        ({"names": ["background"]}, "names 1 labels"),
+    ],
+    ids=str,
+)
+def test_weights_whose_surroundings_are_wrong(change, message, trained, tmp_path, capsys):
+    image, _, _ = phantom(tmp_path)
+    packed = torch.load(trained / "weights.pt", weights_only=True)
+    known = packed["cassetta.predict"]
+    packed["cassetta.predict"] = {**known, **change} if isinstance(change, dict) else change
+    torch.save(packed, tmp_path / "weights.pt")
+    assert main(["predict", str(image), "--weights", str(tmp_path / "weights.pt")]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_the_demo_reaches_its_dice(tmp_path):

@@ -250,3 +250,32 @@ def test_bad_input(kind, error, inp, message):
 
 def test_empty_batch():
     assert Conv(2, 3, 5, padding="same")(torch.ones(0, 3, 4, 4)).shape == (0, 5, 4, 4)
+
+
+@pytest.mark.parametrize("mode", [["zeros", "circular"], [], -1, "nocheck", True, "wrap-around"])
+def test_padding_modes_that_there_are_not(mode):
+    with pytest.raises(ValueError, match="padding_mode=.* is unknown"):
+        Conv(2, 2, padding_mode=mode)
+
+
+@pytest.mark.parametrize("options", [{"kernel_size": 0}, {"dilation": -1}, {"padding_mode": "x"}])
+def test_lazy_layers_check_at_once_what_they_know(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        LazyConv(3, **options)
+    with pytest.raises(ValueError, match="out_channels=-1"):
+        LazyConv(-1)
+
+
+@pytest.mark.parametrize("bias", ["False", None, 2])
+def test_a_flag_is_no_word(bias):
+    with pytest.raises(TypeError, match="bias=.* must be True or False"):
+        Conv(2, 2, bias=bias)
+
+
+@pytest.mark.parametrize("inp", [None, "image", 3, torch.tensor(1.0), torch.ones(3)])
+@pytest.mark.parametrize(
+    "make", [lambda: Conv(2, 3), lambda: LazyConv(3), lambda: LazyConvTransposed(3)]
+)
+def test_what_is_no_image(make, inp):
+    with pytest.raises((TypeError, ValueError), match="inp"):
+        make()(inp)

@@ -2,10 +2,12 @@
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from cassetta.backbones import ConvDecoder, ConvEncoder
+from cassetta.backbones import ConvDecoder, ConvEncoder, UNet
 
 from compare import assert_gradients, assert_near, image
 
@@ -162,3 +164,47 @@ def test_bad_input_is_refused_before_anything_is_computed():
     with pytest.raises(ValueError, match="empty"):
         net()
     assert net[0][1][0].norm.num_batches_tracked == 0
+
+
+def test_feature_lists_may_be_arrays():
+    """Arrays have `__index__`, which made them look like one number."""
+    for features in (np.array([4, 8]), torch.tensor([4, 8]), (4, 8)):
+        assert ConvEncoder(1, features).all_out_channels == [4, 8]
+        assert len(ConvDecoder(1, features)) == 1
+    decoder = ConvDecoder(1, [8, 4, 2], skip=np.array([3, 1]))
+    assert [level.skip for level in decoder] == [3, 1]
+    assert ConvEncoder(1, np.int64(4)).all_out_channels == [4, 8, 16]
+
+
+def test_levels_may_be_exchanged_for_any_module():
+    inp = torch.randn(2, 4, 8, 8)
+    changes = [
+        lambda u: u.encoder.__setitem__(0, nn.Conv2d(4, 4, 3, padding=1)),
+        lambda u: u.encoder[1].__setitem__(0, nn.Conv2d(4, 8, 2, stride=2)),
+        lambda u: u.encoder.__setitem__(1, nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(4, 8, 1))),
+        lambda u: u.decoder[0].__setitem__(0, nn.ConvTranspose2d(8, 4, 2, 2)),
+        lambda u: u.decoder[0].__setitem__(1, nn.Sequential(nn.Conv2d(8, 4, 1))),
+        lambda u: u.decoder[0].__setitem__(1, nn.Conv2d(8, 4, 1)),
+        lambda u: u.decoder.append(nn.Identity()),
+        lambda u: u.encoder.append(nn.Identity()),
+    ]
+    for change in changes:
+        net = UNet(2, [4, 8], nb_levels=2)
+        change(net)
+        if len(net.encoder) == 2:
+            assert net(inp).shape == (2, 4, 8, 8)
+        else:
+            assert net.encoder(inp).shape == (2, 8, 4, 4)
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance", "layer"])
+def test_an_image_that_leaves_a_norm_one_value_changes_nothing(norm):
+    net = UNet(2, 2, nb_levels=3, norm=norm)
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    with pytest.raises(ValueError, match=r"size \(1, 1\) at level 2 of 3, where a .*Norm"):
+        net(torch.randn(1, 2, 4, 4))
+    for name, buffer in net.named_buffers():
+        assert torch.equal(buffer, before[name])
+    assert net(torch.randn(1, 2, 8, 4)).shape == (1, 2, 8, 4)
+    if norm == "batch":
+        assert net.eval()(torch.randn(1, 2, 4, 4)).shape == (1, 2, 4, 4)

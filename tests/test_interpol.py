@@ -173,3 +173,30 @@ def test_flow_exp_of_a_linear_velocity():
 def test_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         Resize(**options)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ResizeFlow(2)(torch.ones(1, 1, 4, 4)), r"flow has shape \(1, 1, 4, 4\)"),
+        (lambda: FlowPull()(torch.ones(1, 2, 4, 4), torch.ones(1, 2, 4)), "flow has shape|grid"),
+        (lambda: GridPull()(torch.ones(1, 2, 4, 4), torch.ones(1, 3, 4, 4)), "grid has shape"),
+        (lambda: GridPush()(torch.ones(1, 2, 4, 4), torch.ones(1, 2, 3, 4)), "does not fit"),
+        (lambda: Resize(0.1)(torch.ones(1, 2, 4, 4)), "leaves nothing"),
+        (lambda: Restrict(10)(torch.ones(1, 2, 4, 4)), "too few"),
+        (lambda: Restrict(3, anchor="center")(torch.ones(2, 2, 5, 7)), "too few"),
+        (lambda: Resize(2, interpolation=[]), "interpolation=.. has 0 values"),
+        (lambda: Resize(2, bound=["zero"] * 3)(torch.ones(1, 1, 4, 4)), "bound=.* has 3 values"),
+        (lambda: Resize(2, bound="nocheck"), "bound='nocheck' is unknown"),
+        (lambda: Resize(1e300), "factor=1e.300 must be positive"),
+        (lambda: FlowExp()(torch.ones(1, 3, 4, 4)), "flow has shape"),
+        (lambda: ValueToCoeff()(torch.ones(4)), "input has shape"),
+    ],
+)
+def test_what_does_not_fit_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_an_empty_batch_is_resized():
+    assert Resize(2)(torch.ones(0, 2, 4, 4)).shape == (0, 2, 8, 8)

@@ -231,7 +231,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path):
 
     path = tmp_path / "net.pt"
     torch.save({"cassetta.Loadable": "1.0", "args": Attack()}, path)
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(ValueError, match="holds no loadable module"):
         load(path)
 
 
@@ -248,3 +248,46 @@ def test_signatures_survive():
 
     parameters = inspect.signature(UNet).parameters
     assert list(parameters)[:3] == ["ndim", "nb_features", "mul_features"]
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04cut"], ids=["empty", "junk", "cut"])
+def test_what_is_no_file_of_ours_is_said_to_be_none(content, tmp_path):
+    path = tmp_path / "net.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="net.pt holds no loadable module"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"module": 3}, "does not name its class"),
+        ({"cassetta.Loadable": "99.0"}, "has version '99.0': this package reads 1.0"),
+        ({"state": None}, "holds no weights"),
+        ({"module": "torch.nn.modules.module", "qualname": "torch.fx.GraphModule"}, "no class of"),
+    ],
+    ids=str,
+)
+def test_a_broken_or_foreign_dictionary(change, message):
+    with pytest.raises(ValueError, match=message):
+        load({**NETS["unet"]().serialize(), **change})
+
+
+def test_misused_arguments(tmp_path):
+    with pytest.raises(TypeError, match="allow='os' must be a list"):
+        load(NETS["unet"]().serialize(), allow="os")
+    with pytest.raises(TypeError, match="source=None"):
+        load(None)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        NETS["unet"]().save(tmp_path / "nowhere" / "net.pt")
+    with pytest.raises(TypeError, match="no class of modules"):
+        make_loadable(dict)
+    assert make_loadable(UNet) is UNet
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_dtype_is_that_of_the_weights(dtype):
+    net = NETS["segnet"]().to(dtype)
+    twin = load(net.serialize())
+    for one, other in zip(twin.parameters(), net.parameters(), strict=True):
+        assert_near(one, other)

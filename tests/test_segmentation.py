@@ -101,3 +101,19 @@ def test_bad_arguments(error, options, message):
 def test_bad_input():
     with pytest.raises(ValueError, match=r"\(1, 2, 8, 8\).*\(batch, 1, W, H\)"):
         SegNet(2, 1, 3, opt_backbone=SMALL["UNet"])(torch.ones(1, 2, 8, 8))
+
+
+def test_parts_may_be_exchanged_for_any_module():
+    inp = torch.randn(2, 1, 8, 8)
+    net = SegNet(2, 1, 2, backbone="MeshNet")
+    net[0] = nn.Conv2d(1, 21, 3, padding=1)
+    assert net(inp).shape == (2, 2, 8, 8)
+    net[2] = nn.Conv2d(21, 5, 1)
+    assert net(inp).shape == net.predict_logits(inp).shape == (2, 5, 8, 8)
+
+
+def test_a_small_image_is_refused_before_the_features_are_counted():
+    net = SegNet(2, 1, 2, opt_features={"norm": "batch"})
+    with pytest.raises(ValueError, match="levels need"):
+        net(torch.ones(2, 1, 3, 3))
+    assert net[0].norm.num_batches_tracked == 0

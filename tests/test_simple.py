@@ -115,3 +115,8 @@ def test_global_pool_bad_arguments():
         GlobalPool("sum")
     with pytest.raises(ValueError, match="dim='channel'"):
         GlobalPool(dim="channel")
+
+
+def test_a_sum_of_different_shapes_is_refused():
+    with pytest.raises(ValueError, match="different shapes"):
+        ModuleSum([nn.Identity(), nn.AvgPool1d(2)])(torch.ones(1, 2, 4))

@@ -17,9 +17,11 @@ from cassetta.core.typing import (
 )
 from cassetta.core.utils import extrapolate
 from cassetta.io.loadable import LoadableMixin
-from cassetta.layers import ConvGroup, DownConvGroup, UpConvGroup
+from cassetta.layers import ConvGroup, DownConvGroup, DownGroup, UpConvGroup, UpGroup
 from cassetta.layers.levels import resampling
+from cassetta.layers.norm import check_statistics
 from cassetta.layers.simple import Chain
+from cassetta.layers.updown import Level
 
 
 class _Default(int):
@@ -34,8 +36,7 @@ def _features(nb_features: Any, nb_levels: int, step: Callable[[int, int], float
     """
     features = check.several("nb_features", nb_features)
     depth = check.whole("nb_levels", nb_levels)
-    is_list = not hasattr(nb_features, "__index__")
-    if is_list:
+    if check.is_list(nb_features):
         depth = len(features) if isinstance(nb_levels, _Default) else max(depth, len(features))
     return extrapolate(features, depth, step)
 
@@ -109,11 +110,10 @@ class ConvEncoder(LoadableMixin, Chain):
 
         Raises
         ------
-        ValueError
-            If the image is too small to be divided by `pool_factor` at every level.
+        ValueError, TypeError
+            What `check_image` raises.
         """
-        check.image(inp, self.ndim, self.inp_channels)
-        self.check_size(inp.shape[2:])
+        self.check_image(inp)
         out, outputs = inp, []
         for level in self:
             out = level(out)
@@ -121,16 +121,37 @@ class ConvEncoder(LoadableMixin, Chain):
                 outputs.append(out)
         return tuple(outputs) if return_all else out
 
-    def check_size(self, size: Sequence[int]) -> None:
-        """Raise ValueError if an image of this size is too small to reach the coarsest level."""
-        least = [1] * self.ndim
-        for level in list(self)[1:]:
-            least = [n * f for n, f in zip(least, level[0].factor, strict=True)]
-        if any(n < m for n, m in zip(size, least, strict=True)):
-            raise ValueError(
-                f"inp has size {tuple(size)}, but {len(self)} levels need {tuple(least)}: "
-                "pad the image or use fewer levels"
-            )
+    def check_image(self, inp: Tensor) -> None:
+        """Refuse an image that some level could not work with, before the first one has worked.
+
+        A level that was exchanged for a module of another kind ends what can be told beforehand.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If the image has other dimensions or channels than the first level takes, is too small
+            to be divided by `pool_factor` at every level, or so small that a norm has one value.
+        """
+        ndim = getattr(self[0], "ndim", None)
+        if ndim is None:
+            return
+        check.image(inp, ndim, getattr(self[0], "inp_channels", None))
+        size, least, sizes = list(inp.shape[2:]), [1] * ndim, []
+        for depth, level in enumerate(self):
+            if depth:
+                if not isinstance(level, DownGroup) or not isinstance(level[0], Level):
+                    return
+                factor = level[0].factor
+                size = [n // f for n, f in zip(size, factor, strict=True)]
+                least = [n * f for n, f in zip(least, factor, strict=True)]
+            if 0 in size:
+                raise ValueError(
+                    f"inp has size {tuple(inp.shape[2:])}, but {depth + 1} levels need "
+                    f"{tuple(least)}: pad the image or use fewer levels"
+                )
+            sizes.append(size)
+        for depth, (level, size) in enumerate(zip(self, sizes, strict=True)):
+            check_statistics(level, inp.shape[0], size, f"at level {depth} of {len(self)}")
 
 
 class ConvDecoder(LoadableMixin, Chain):
@@ -223,11 +244,19 @@ class ConvDecoder(LoadableMixin, Chain):
         return tuple(outputs) if return_all else out
 
     def _check(self, inp: Tensor, skips: list[Tensor]) -> None:
-        """Refuse what some level could not work with, before the first one has worked."""
-        check.image(inp, self.ndim, self.inp_channels)
+        """Refuse what some level could not work with, before the first one has worked.
+
+        A level that was exchanged for a module of another kind ends what can be told beforehand.
+        """
+        check.image(inp, self.ndim, self._inp_channels())
         shape: Sequence[int] = inp.shape
         for n, level in enumerate(self):
+            if not isinstance(level, UpGroup) or not isinstance(level[0], Level):
+                return
             shape = level.fitted_shape(shape, skips[n : n + 1])
+
+    def _inp_channels(self) -> int | None:
+        return getattr(self[0], "inp_channels", None) if len(self) else self._channels
 
     @property
     def ndim(self) -> int:
@@ -250,7 +279,7 @@ def _skips(skip: bool | OneOrSeveral[int], features: list[int]) -> list[int]:
     nb_skips = len(features) - 1
     if isinstance(skip, bool):
         return features[1:] if skip else [0] * nb_skips
-    if hasattr(skip, "__index__"):
+    if not check.is_list(skip):
         return [check.whole("skip", skip, least=0)] * nb_skips
     channels = check.several("skip", skip, least=0) if len(skip) else []  # type: ignore[arg-type]
     if len(channels) > nb_skips:

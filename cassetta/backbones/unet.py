@@ -1,6 +1,5 @@
 """U-Nets: an encoder and a decoder joined by skip connections."""
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -126,9 +125,9 @@ class UNet(LoadableMixin, nn.Module):
         """Number of channels that leave each level of the decoder."""
         return self.decoder.all_out_channels
 
-    def check_size(self, size: Sequence[int]) -> None:
-        """Raise ValueError if an image of this size is too small to reach the coarsest level."""
-        self.encoder.check_size(size)
+    def check_image(self, inp: Tensor) -> None:
+        """Refuse an image that the encoder could not work with: see `ConvEncoder.check_image`."""
+        self.encoder.check_image(inp)
 
     def forward(self, inp: Tensor, *, return_all: bool = False) -> Any:
         """

@@ -29,9 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[arguments.command].run(arguments)
     except (CommandError, OSError) as error:
-        reason = str(error)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        reason = f"not enough memory, use smaller patches or voxels that are less fine ({error})"
+        reason = " ".join(str(error).split())
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        first = str(error).splitlines()[0]
+        reason = f"not enough memory, use smaller patches, batches or networks ({first})"
     except KeyboardInterrupt:
         return 130
     print(f"cassetta {arguments.command}: {reason}", file=sys.stderr)

@@ -110,6 +110,8 @@ def _check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and not 0 < value < math.inf:
             raise CommandError(f"--{name} {value} must be positive and finite")
+    if not 0.1 <= arguments.resolution <= 20:
+        raise CommandError(f"--resolution {arguments.resolution} must lie between 0.1 and 20 mm")
     if not 0 <= arguments.seed < 2**63:
         raise CommandError(f"--seed {arguments.seed} must lie between 0 and 2**63")
     if arguments.patch == 1:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cassetta.cli.errors import CommandError
+from cassetta.core import check
 from cassetta.costs import summary
 from cassetta.io import loadable
 from cassetta.kernels import dispatch
@@ -41,8 +42,8 @@ def device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(name)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=chosen).item()  # which the device "meta" cannot
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise CommandError(f"--device {name} cannot be used here: {reason}") from error
     return chosen
@@ -70,8 +71,10 @@ def build(
         net = SegNet(ndim, 1, nb_classes, backbone=backbone, opt_backbone=opt_backbone)
         size = (patch,) * ndim
         out = summary(net, (1, 1, *size))[-1].shape[2:]
-    except (TypeError, ValueError) as error:
-        raise CommandError(str(error)) from error
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        if "memory" in str(error):
+            raise
+        raise CommandError(str(error).splitlines()[0]) from error
     if out != size:
         raise CommandError(
             f"--backbone {backbone} with {opt_backbone} turns {size} voxels into {out}: "
@@ -91,11 +94,25 @@ def load(path: Path) -> tuple[SegNet, Surroundings]:
     try:
         packed = loadable.read(path)
         net = SegNet.load_from(packed)
-        known = packed[_SURROUNDINGS]
-    except KeyError as error:
-        raise CommandError(f"{path} was not written by `cassetta demo`") from error
     except Exception as error:  # a missing, foreign, broken or malicious file
         raise CommandError(f"{path} cannot be read: {error}") from error
-    return net, Surroundings(
-        known["resolution"], known["patch"], tuple(known["names"]), tuple(known["values"])
-    )
+    try:
+        known = _surroundings(packed[_SURROUNDINGS], net)
+        summary(net.eval(), (1, 1, *[known.patch] * net.ndim))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CommandError(f"{path} was not written by `cassetta demo`: {error}") from error
+    return net, known
+
+
+def _surroundings(known: dict[str, Any], net: SegNet) -> Surroundings:
+    """What the file says of the images, if it is whole and fits the network."""
+    resolution = check.positive("resolution", known["resolution"])
+    patch = check.whole("patch", known["patch"], least=2)
+    names = tuple(str(name) for name in known["names"])
+    values = tuple(check.whole("values", value, least=-(2**31)) for value in known["values"])
+    if not len(names) == len(values) == net.out_channels or net.inp_channels != 1:
+        raise ValueError(
+            f"{net.inp_channels} channels become {net.out_channels} classes, "
+            f"but it names {len(names)} labels and {len(values)} values"
+        )
+    return Surroundings(resolution, patch, names, values)

@@ -36,6 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if not out.name.endswith(SUFFIXES):
         raise CommandError(f"--out {out} must end in .nii or .nii.gz")
+    if out.is_dir():
+        raise CommandError(f"--out {out} is a folder")
     if out.resolve() == image.resolve():
         raise CommandError(f"--out {out} would overwrite the image")
     device = network.device(arguments.device)

@@ -5,7 +5,6 @@ kind raises TypeError, a wrong value of the right kind ValueError.
 """
 
 import difflib
-import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -17,22 +16,52 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+_BOUNDS = [to_enum(name) for name in ["zero", "replicate", "dct1", "dct2", "dst1", "dst2", "dft"]]
+
 
 def whole(name: str, value: Any, least: int = 1) -> int:
     """`value` as an int of at least `least`; numpy integers are welcome, booleans are not."""
     if isinstance(value, torch.SymInt):  # a size that torch.export leaves open
         return value  # type: ignore[return-value]
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}={value!r} ({type(value).__name__}) is not a whole number")
-    number = operator.index(value)
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{name}={value!r} ({type(value).__name__}) is not a whole number"
+        ) from None
     if number < least:
         raise ValueError(f"{name}={number} is too small: it must be at least {least}")
+    if number >= 2**31:
+        raise ValueError(f"{name}={number} is too large: it must be below 2**31")
     return number
+
+
+def is_list(value: Any) -> bool:
+    """Whether `value` is several numbers, in a list, an array or the like, rather than one."""
+    return isinstance(value, Iterable) and getattr(value, "ndim", 1) > 0
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False; 0 and 1 will do, but no word does."""
+    if isinstance(value, bool | np.bool_) or (type(value) is int and value in (0, 1)):
+        return bool(value)
+    raise TypeError(f"{name}={value!r} ({type(value).__name__}) must be True or False")
+
+
+def options(name: str, value: Any) -> dict[str, Any]:
+    """A dictionary of options, or None for none; a fresh one."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name}={value!r} must be a dictionary of options, or None")
+    return dict(value)
 
 
 def several(name: str, value: Any, least: int = 1) -> list[int]:
     """`value`, a whole number or a sequence of them, as a list of at least one."""
-    if isinstance(value, str) or not isinstance(value, Iterable):
+    if isinstance(value, str | bytes | set | frozenset | dict) or not is_list(value):
         return [whole(name, value, least)]
     numbers = [whole(f"{name}[{i}]", v, least) for i, v in enumerate(value)]
     if not numbers:
@@ -44,8 +73,8 @@ def positive(name: str, value: Any) -> float:
     """`value` if it is a number above zero."""
     if isinstance(value, bool) or not isinstance(value, float | int | np.number):
         raise TypeError(f"{name}={value!r} ({type(value).__name__}) is not a number")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}={value} must be positive and finite")
+    if not 0 < value < 2**31:
+        raise ValueError(f"{name}={value} must be positive and finite, below 2**31")
     return float(value)
 
 
@@ -84,10 +113,11 @@ def named(
 
 
 def bound(name: str, value: Any) -> None:
-    """A boundary condition, or a list of them, in the names of torch-bounds."""
+    """A boundary condition in the names of torch-bounds."""
     try:
-        to_enum(value)
-    except (ValueError, TypeError):
+        if isinstance(value, bool) or to_enum(value) not in _BOUNDS:
+            raise ValueError
+    except (ValueError, TypeError, KeyError, AttributeError):
         words = "zeros, replicate, mirror (dct1), reflect (dct2), antimirror (dst1), antireflect"
         raise ValueError(
             f"{name}={value!r} is unknown: use {words} (dst2) or circular (dft)"

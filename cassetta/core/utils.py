@@ -26,7 +26,8 @@ def to_torch_dtype(dtype: DataType) -> torch.dtype | None:
 def extrapolate(values: list[int], length: int, step: Callable[[int, int], float]) -> list[int]:
     """`values` cut to `length`, or continued by `step(last, 1)`, `step(last, 2)`, ..."""
     missing = range(1, length - len(values) + 1)
-    return (values + [max(1, int(step(values[-1], n))) for n in missing])[:length]
+    further = [max(1, int(min(step(values[-1], n), 2.0**31))) for n in missing]
+    return (values + further)[:length]  # too large a number is refused by whoever takes it
 
 
 def build(

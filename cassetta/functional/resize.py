@@ -13,6 +13,7 @@ One small matrix product per axis is faster than sampling voxel by voxel (bench/
 keeps nothing but the matrix for backward, and is differentiable any number of times.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -45,6 +46,8 @@ def resize(
     sizes = inp.shape[2:]
     zooms = factor or [new / old for new, old in zip(shape or (), sizes, strict=True)]
     lengths = shape or [_scaled(size, zoom) for size, zoom in zip(sizes, zooms, strict=True)]
+    if not isinstance(inp.shape[2], torch.SymInt) and min(lengths) < 1:
+        raise ValueError(f"factor={factor} leaves nothing of an image of size {tuple(sizes)}")
     for axis, (size, length, zoom) in enumerate(zip(sizes, lengths, zooms, strict=True)):
         where = _positions(inp, size, length, zoom, nth(anchor, axis)[0].lower())
         order, edge = nth(interpolation, axis), Bound(to_int(nth(bound, axis)))
@@ -99,7 +102,8 @@ def _along(inp: Tensor, axis: int, matrix: Tensor) -> Tensor:
     In the dtype of the image: interpolation is no convolution, which autocast may round.
     """
     length, size = matrix.shape
-    lines = inp.reshape(*inp.shape[:axis], size, -1)
+    others = math.prod(inp.shape[axis + 1 :])
+    lines = inp.reshape(*inp.shape[:axis], size, others)
     with _exact(inp.device.type):
         out = matrix @ lines if axis < inp.ndim - 1 else (lines.squeeze(-1) @ matrix.T)
     return out.reshape(*inp.shape[:axis], length, *inp.shape[axis + 1 :])

@@ -116,13 +116,15 @@ class LoadableMixin:
             If the file holds no loadable module, or names a class that is not allowed.
         """
         packed = read(source)
+        if isinstance(allow, str):
+            raise TypeError(f"allow={allow!r} must be a list of packages: use [{allow!r}]")
         hint = None if cls is LoadableMixin else cls
         return _unpack_module(packed, tuple(allow), hint)
 
     def _load_weights(self, source: Source) -> Any:
         """Fill this module with the weights that `save` wrote."""
         assert isinstance(self, nn.Module)
-        self.load_state_dict(read(source)["state"])
+        self.load_state_dict(_state(read(source)))
         return self
 
 
@@ -145,6 +147,10 @@ def make_loadable(cls: type[nn.Module], save_args: bool = True) -> Any:
     norm = make_loadable(nn.GroupNorm)(4, 16)
     ```
     """
+    if not isinstance(cls, type) or not issubclass(cls, nn.Module):
+        raise TypeError(f"cls={cls!r} is no class of modules")
+    if issubclass(cls, LoadableMixin):
+        return cls
     name = "Loadable" + cls.__name__
 
     def __reduce__(self: Any) -> tuple:  # pickle finds the class by what it was made of
@@ -167,6 +173,8 @@ def save(packed: dict[str, Any], path: str | os.PathLike | IO[bytes]) -> None:
     if not isinstance(path, str | os.PathLike):
         return torch.save(packed, path)
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path={str(path)!r} lies in a folder that there is not")
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         torch.save(packed, part)
@@ -247,15 +255,33 @@ def read(source: Source) -> dict[str, Any]:
     ValueError
         If it holds no loadable module.
     """
-    packed = source
+    name = "the dictionary" if isinstance(source, dict) else str(source)
+    packed: Any = source
     if not isinstance(packed, dict):
-        packed = torch.load(packed, map_location="cpu", weights_only=True)
+        if not isinstance(packed, str | os.PathLike) and not hasattr(packed, "read"):
+            raise TypeError(f"source={source!r} is neither a path, a file nor a dictionary")
+        try:
+            packed = torch.load(packed, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # of many kinds, for empty, cut, foreign and malicious files
+            raise ValueError(f"{name} holds no loadable module: {error}") from error
     if not isinstance(packed, dict) or _KEY not in packed:
         raise ValueError(
-            f"{source if not isinstance(source, dict) else 'the dictionary'} holds no loadable "
-            "module: a bare state_dict goes to load_state_dict of a module built by hand"
+            f"{name} holds no loadable module: a bare state_dict goes to load_state_dict of a "
+            "module built by hand"
         )
+    if str(packed[_KEY]).split(".")[0] != VERSION.split(".")[0]:
+        raise ValueError(f"{name} has version {packed[_KEY]!r}: this package reads {VERSION}")
+    if not all(isinstance(packed.get(key), str) for key in ("module", "qualname")):
+        raise ValueError(f"{name} holds no loadable module: it does not name its class")
     return packed
+
+
+def _state(packed: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(packed.get("state"), dict):
+        raise ValueError(f"the file of a {packed['qualname']} holds no weights")
+    return packed["state"]
 
 
 def _unpack(value: Any, allow: tuple[str, ...]) -> Any:
@@ -286,7 +312,11 @@ def _unpack_module(packed: dict[str, Any], allow: tuple[str, ...], hint: type | 
         cls = make_loadable(cls)
     obj = cls(*_unpack(packed.get("args", ()), allow), **_unpack(packed.get("kwargs", {}), allow))
     if "state" in packed and isinstance(obj, nn.Module):
-        obj.load_state_dict(packed["state"])
+        state = _state(packed)
+        for name, tensor in [*obj.named_parameters(), *obj.named_buffers()]:
+            if name in state and tensor.is_floating_point():  # as it was saved: double, half, ...
+                tensor.data = tensor.data.to(state[name].dtype)
+        obj.load_state_dict(state)
     return obj
 
 
@@ -295,8 +325,8 @@ def _find(module: str, qualname: str, allow: tuple[str, ...]) -> type:
     if (module, qualname) in _known:
         return _known[module, qualname]
 
-    def within(packages: tuple[str, ...]) -> bool:
-        return any(module == p or module.startswith(p + ".") for p in packages)
+    def within(packages: tuple[str, ...], name: str = module) -> bool:
+        return any(name == p or name.startswith(p + ".") for p in packages)
 
     if not within(ALLOWED + allow):
         raise ValueError(
@@ -308,6 +338,7 @@ def _find(module: str, qualname: str, allow: tuple[str, ...]) -> type:
     found: Any = importlib.import_module(module) if within(allow) else sys.modules.get(module)
     for name in qualname.split("."):
         found = getattr(found, name, None)
-    if not isinstance(found, type) or not issubclass(found, (nn.Module, LoadableMixin)):
+    is_class = isinstance(found, type) and issubclass(found, (nn.Module, LoadableMixin))
+    if not is_class or not within(ALLOWED + allow, found.__module__):
         raise ValueError(f"the file names {module}.{qualname}, which is no class of modules")
     return found

@@ -16,6 +16,7 @@ from cassetta.layers.attention import (
     SqzEx as SqzEx,
     make_attention as make_attention,
 )
+from cassetta.layers.blocks import ConvBlock as ConvBlock, ConvGroup as ConvGroup
 from cassetta.layers.conv import (
     Conv as Conv,
     ConvTransposed as ConvTransposed,
@@ -25,7 +26,6 @@ from cassetta.layers.conv import (
     SeparableConv as SeparableConv,
     make_conv as make_conv,
 )
-from cassetta.layers.convblocks import ConvBlock as ConvBlock, ConvGroup as ConvGroup
 from cassetta.layers.dropout import (
     ChannelDropout as ChannelDropout,
     make_dropout as make_dropout,

@@ -1,5 +1,6 @@
 """Attention: squeeze & excitation, convolutional block attention, attention between voxels."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -120,14 +121,17 @@ class _Modes(nn.Sequential):
 
     mode: str
 
-    def __init__(self, mode: str, c: nn.Module, s: nn.Module) -> None:
-        layers = {"c": [c], "s": [s], "cs": [c, s], "sc": [s, c], "+": [s, c]}
-        mode = check.one_of("mode", str(mode).lower(), list(layers))
-        super().__init__(*layers[mode])
+    def __init__(self, mode: str, c: Callable[[], nn.Module], s: Callable[[], nn.Module]) -> None:
+        mode = check.one_of("mode", str(mode).lower(), ["c", "s", "cs", "sc", "+"])
+        makers = {"s": s, "c": c}
+        letters = "sc" if mode == "+" else mode
+        made = {n: makers[n]() for n in "sc" if n in letters}  # the weights are drawn in this order
+        super().__init__(*(made[n] for n in letters))
         self.mode = mode
 
     def forward(self, inp: Tensor) -> Tensor:
         """(B, C, *size) -> (B, C, *size)"""
+        check.any_image(inp)
         if self.mode != "+":
             return super().forward(inp)
         one, other = self
@@ -161,8 +165,8 @@ class SqzEx(_Modes):
         """
         super().__init__(
             mode,
-            ChannelSqzEx(channels, compression, activation, device, dtype),
-            SpatialSqzEx(channels, device, dtype),
+            lambda: ChannelSqzEx(channels, compression, activation, device, dtype),
+            lambda: SpatialSqzEx(channels, device, dtype),
         )
 
 
@@ -265,8 +269,8 @@ class BlockAttention(_Modes):
         """
         super().__init__(
             mode,
-            ChannelBlockAttention(channels, compression, activation, device, dtype),
-            SpatialBlockAttention(ndim, kernel_size, device, dtype),
+            lambda: ChannelBlockAttention(channels, compression, activation, device, dtype),
+            lambda: SpatialBlockAttention(ndim, kernel_size, device, dtype),
         )
 
 
@@ -327,8 +331,9 @@ class DotProductAttention(nn.Module):
 
     def forward(self, inp: Tensor) -> Tensor:
         """(B, heads (2K + V), *size) -> (B, heads V, *size); with `channels`, shape preserved"""
+        ndim = check.any_image(inp)
         qkv = self.project(inp) if self.project else inp
-        check.image(qkv, qkv.ndim - 2, self.stacked_channels)
+        check.image(qkv, ndim, self.stacked_channels)
         out = functional.dot_product_attention(
             qkv, self.key_channels, self.val_channels, self.nb_heads, self.scaled
         )

@@ -222,10 +222,16 @@ class _LazyConv(Lazy, ConvBase):
             0, 0, out_channels, kernel_size, stride, padding, dilation, output_padding, groups,
             bias, padding_mode, device, dtype,
         )  # fmt: skip
+        # what can be known is checked now, in the least layer that these options describe
+        out = groups if out_channels is None or callable(out_channels) else out_channels
+        kind: Any = self.cls_to_become
+        kind(
+            3, groups, out, kernel_size, stride, padding, dilation, output_padding, groups, bias,
+            padding_mode, "meta", dtype,
+        )  # fmt: skip
 
     def _meet(self, inp: Tensor) -> None:
-        check.image(inp, inp.ndim - 2)
-        self.ndim, self.inp_channels = inp.ndim - 2, inp.shape[1]
+        self.ndim, self.inp_channels = check.any_image(inp), inp.shape[1]
 
 
 class LazyConv(_LazyConv, Conv):

@@ -50,7 +50,7 @@ class ConvBase(Weighted):
         }  # fmt: skip
         for name, value in given.items():
             setattr(self, name, value)
-        self._allocate(bias, device=device, dtype=to_torch_dtype(dtype))
+        self._allocate(check.flag("bias", bias), device=device, dtype=to_torch_dtype(dtype))
 
     def check_parameters(self) -> None:
         ndim = self.ndim = check.dimensions(self.ndim)

@@ -18,12 +18,21 @@ _ORDERS = ["nearest", "linear", "quadratic", "cubic", "fourth", "fifth", "sixth"
 _ANCHORS = ["edge", "edges", "center", "centers", "first", "last", "e", "c", "f", "l"]
 
 
-def _spline(interpolation: Any, bound: Any) -> tuple[Any, Any]:
+def _listed(name: str, value: Any, ndim: int) -> list[Any]:
+    """One value for all axes, or a list of at most one for each, as a list."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not 0 < len(values) <= ndim:
+        raise ValueError(f"{name}={value!r} has {len(values)} values for {ndim} dimensions")
+    return values
+
+
+def _spline(interpolation: Any, bound: Any, ndim: int = 3) -> tuple[Any, Any]:
     """Refuse unknown orders and boundary conditions."""
-    for order in interpolation if isinstance(interpolation, (list, tuple)) else [interpolation]:
+    for order in _listed("interpolation", interpolation, ndim):
         name = order.lower() if isinstance(order, str) else order
         check.one_of("interpolation", name, [*_ORDERS, *range(len(_ORDERS))])
-    check.bound("bound", bound)
+    for one in _listed("bound", bound, ndim):
+        check.bound("bound", one)
     return interpolation, bound
 
 
@@ -52,6 +61,17 @@ class _Sampler(nn.Module):
         self.extrapolate = extrapolate
         self.prefilter = prefilter
 
+    def _check(self, inp: Tensor, grid: Tensor, same_size: bool) -> None:
+        """An image, and coordinates or displacements of as many dimensions."""
+        ndim = check.any_image(inp, "input", labels=True)
+        check.image(grid, ndim, ndim, "grid")
+        _spline(self.interpolation, self.bound, ndim)
+        if inp.shape[0] != grid.shape[0] or (same_size and inp.shape[2:] != grid.shape[2:]):
+            raise ValueError(
+                f"grid has shape {tuple(grid.shape)}, which does not fit an image of shape "
+                f"{tuple(inp.shape)}"
+            )
+
     def _options(self) -> dict[str, Any]:
         names = ("interpolation", "bound", "extrapolate", "prefilter")
         return {name: getattr(self, name) for name in names}
@@ -65,6 +85,7 @@ class GridPull(_Sampler):
 
         An integer image is a label map: every label is sampled, and the strongest wins.
         """
+        self._check(input, grid, same_size=False)
         return interpol.grid_pull(input, grid.movedim(1, -1), **self._options())
 
 
@@ -81,6 +102,7 @@ class GridPush(_Sampler):
 
     def forward(self, input: Tensor, grid: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         """input (B, C, *size), grid (B, ndim, *size) -> (B, C, *shape); `shape` defaults to size"""
+        self._check(input, grid, same_size=True)
         return interpol.grid_push(input, grid.movedim(1, -1), shape, **self._options())
 
 
@@ -94,6 +116,8 @@ class FlowPush(GridPush):
 
 def _displaced(flow: Tensor) -> Tensor:
     """Coordinates (B, ndim, *size) of the voxels that a displacement field points to."""
+    ndim = check.any_image(flow, "flow")
+    check.image(flow, ndim, ndim, "flow")
     return interpol.add_identity_grid(flow.movedim(1, -1)).movedim(-1, 1)
 
 
@@ -117,19 +141,16 @@ class _Scaler(nn.Module):
         factor, shape, anchor = options["factor"], options["shape"], options["anchor"]
         if factor is None and shape is None:
             raise ValueError("factor=None and shape=None: give one of them")
-        for one in anchor if isinstance(anchor, (list, tuple)) else [anchor]:
+        for one in _listed("anchor", anchor, ndim):
             check.one_of("anchor", str(one).lower(), _ANCHORS)
             if str(one)[0].lower() in "fl" and factor is None:
                 raise ValueError(f"anchor={one!r} needs a factor, even if there is a shape")
         if factor is not None:
-            zooms = list(factor) if isinstance(factor, (list, tuple)) else [factor]
-            if not 0 < len(zooms) <= ndim:
-                raise ValueError(f"factor={factor!r} has {len(zooms)} values for {ndim} dimensions")
-            factor = [check.positive("factor", zoom) for zoom in zooms]
+            factor = [check.positive("factor", z) for z in _listed("factor", factor, ndim)]
             factor += factor[-1:] * (ndim - len(factor))
         if shape is not None:
             shape = list(check.per_dimension("shape", shape, ndim))
-        _spline(options["interpolation"], options["bound"])
+        _spline(options["interpolation"], options["bound"], ndim)
         return {**options, "factor": factor, "shape": shape}
 
     def extra_repr(self) -> str:
@@ -225,7 +246,19 @@ class Restrict(_Scaler):
     def forward(self, input: Tensor, **options: Any) -> Tensor:
         """(B, C, *size) -> (B, C, *shape); `options`, such as `shape`, replace the constructor's"""
         ndim = check.any_image(input, "input")
-        return interpol.restrict(input, **self._arguments(ndim, options))
+        arguments = self._arguments(ndim, options)
+        size = input.shape[2:]
+        shape = arguments["shape"] or [
+            int(n / f) for n, f in zip(size, arguments["factor"], strict=True)
+        ]
+        for axis, length in enumerate(shape):
+            centred = functional.nth(arguments["anchor"], axis)[0].lower() == "c"
+            if length < (2 if centred else 1):
+                raise ValueError(
+                    f"factor={arguments['factor']} makes {tuple(shape)} voxels of {tuple(size)}: "
+                    f"too few for anchor={arguments['anchor']!r}"
+                )
+        return interpol.restrict(input, **arguments)
 
 
 class ResizeFlow(Resize):
@@ -246,6 +279,7 @@ class ResizeFlow(Resize):
     def forward(self, flow: Tensor, **options: Any) -> Tensor:
         """(B, ndim, *size) -> (B, ndim, *shape), in voxels of each"""
         ndim = check.any_image(flow, "flow")
+        check.image(flow, ndim, ndim, "flow")
         arguments = self._arguments(ndim, options)
         resized = functional.resize(flow, **arguments)
         scale = []
@@ -274,6 +308,7 @@ class ValueToCoeff(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """values (B, C, *size) -> coefficients (B, C, *size)"""
+        check.any_image(input, "input")
         return interpol.spline_coeff_nd(input, self.interpolation, self.bound, dim=input.ndim - 2)
 
 
@@ -282,6 +317,7 @@ class CoeffToValue(ValueToCoeff):
 
     def forward(self, input: Tensor) -> Tensor:
         """coefficients (B, C, *size) -> values (B, C, *size)"""
+        check.any_image(input, "input")
         grid = interpol.identity_grid(input.shape[2:], dtype=input.dtype, device=input.device)
         return interpol.grid_pull(input, grid, self.interpolation, self.bound, extrapolate=True)
 
@@ -319,6 +355,8 @@ class FlowExp(nn.Module):
 
     def forward(self, flow: Tensor) -> Tensor:
         """velocity (B, ndim, *size) -> displacement (B, ndim, *size), in voxels"""
+        ndim = check.any_image(flow, "flow")
+        check.image(flow, ndim, ndim, "flow")
         flow = flow / 2**self.nsteps
         if self.coeff:
             flow = self.to_value(flow)

@@ -16,7 +16,7 @@ from cassetta.core.typing import (
     OneOrSeveral,
     SeparableType,
 )
-from cassetta.layers.convblocks import ConvGroup
+from cassetta.layers.blocks import ConvGroup
 from cassetta.layers.simple import Chain
 from cassetta.layers.updown import (
     DownConv,
@@ -146,6 +146,7 @@ class UpGroup(Chain):
         out : (B, out_channels, *out_size) tensor
         """
         up, block = self
+        check.any_image(inp)
         if isinstance(up, Level):  # which tells before it works what it will return
             self.fitted_shape(inp.shape, skips)
         options: dict[str, Any] = {} if indices is None else {"indices": indices}
@@ -182,7 +183,8 @@ class UpGroup(Chain):
         batch, _, *size = shape
         size = [n * f for n, f in zip(size, up.factor, strict=True)]
         self._check_skips(skips, (batch, up.out_channels, *size), up.factor)
-        return batch, block.out_channels, *(skips[0].shape[2:] if skips else size)
+        channels = getattr(block, "out_channels", up.out_channels)  # a user's block need not say
+        return batch, channels, *(skips[0].shape[2:] if skips else size)
 
     def _check_skips(
         self, skips: Sequence[Tensor], shape: Sequence[int], factor: Sequence[int]

@@ -39,8 +39,10 @@ class Linear(Weighted):
         super().__init__()
         self.inp_channels = inp_channels
         self.out_channels = out_channels  # type: ignore[assignment]  # checked with the rest
+        if isinstance(dim, bool) or not isinstance(dim, int):
+            raise TypeError(f"dim={dim!r} ({type(dim).__name__}) is not a whole number")
         self.dim = dim
-        self._allocate(bias, device=device, dtype=to_torch_dtype(dtype))
+        self._allocate(check.flag("bias", bias), device=device, dtype=to_torch_dtype(dtype))
 
     def check_parameters(self) -> None:
         self.inp_channels = check.whole("inp_channels", self.inp_channels)
@@ -54,6 +56,8 @@ class Linear(Weighted):
     def forward(self, inp: Tensor) -> Tensor:
         """(B, inp_channels, *size) -> (B, out_channels, *size), channels along `dim`"""
         check.tensor(inp)
+        if not (inp.is_floating_point() or inp.is_complex()):
+            raise TypeError(f"inp has dtype {inp.dtype}: convert it to floating point first")
         if not -inp.ndim <= self.dim < inp.ndim or inp.shape[self.dim] != self.inp_channels:
             raise ValueError(
                 f"inp has shape {tuple(inp.shape)}, but {self.inp_channels} channels "
@@ -92,4 +96,7 @@ class LazyLinear(Lazy, Linear):
         super().__init__(0, out_channels, bias, dim, device=device, dtype=dtype)
 
     def _meet(self, inp: Tensor) -> None:
+        check.tensor(inp)
+        if not -inp.ndim <= self.dim < inp.ndim:
+            raise ValueError(f"inp has shape {tuple(inp.shape)}, and so no dim={self.dim}")
         self.inp_channels = inp.shape[self.dim]

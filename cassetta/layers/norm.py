@@ -1,6 +1,8 @@
 """Normalization layers that do not care how many spatial dimensions there are."""
 
+import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,6 +41,7 @@ def make_norm(
     ValueError, TypeError
         If the name is unknown, the groups do not divide the channels, or no module is made.
     """
+    channels = check.whole("channels", channels)
     if norm is None or norm is False or (isinstance(norm, int | str) and not norm):
         return None
     if norm is True:
@@ -175,6 +178,30 @@ class LayerNorm(nn.GroupNorm):
         return super().forward(input)
 
 
+def check_statistics(module: nn.Module, batch: int, size: Sequence[int], where: str) -> None:
+    """Refuse an image of which some norm in a module would compute statistics of one value.
+
+    torch refuses it too, but only once the norms before that one have updated their statistics.
+    """
+    voxels = math.prod(size)
+    if voxels > 1:
+        return
+    for norm in module.modules():
+        if isinstance(norm, _BatchNorm):
+            values = batch * voxels if norm.training else 2
+        elif isinstance(norm, _InstanceNorm):
+            values = voxels if norm.training or not norm.track_running_stats else 2
+        elif isinstance(norm, nn.GroupNorm):
+            values = batch * voxels * (norm.num_channels // norm.num_groups)
+        else:
+            continue
+        if values == 1:
+            raise ValueError(
+                f"inp has size {tuple(size)} {where}, where a {type(norm).__name__} would have one "
+                "value to normalize: use larger images, larger batches or fewer levels"
+            )
+
+
 def _without_suffix(name: str) -> str:
     """ "batch" for "BatchNorm3d" and the like."""
     return re.sub(r"_?norm(_?[123]d)?$", "", name.lower())
@@ -182,6 +209,8 @@ def _without_suffix(name: str) -> str:
 
 def _check_channels(layer: nn.Module, inp: Tensor, channels: int) -> None:
     check.tensor(inp)
+    if not inp.is_floating_point():
+        raise TypeError(f"inp has dtype {inp.dtype}: convert it to floating point first")
     if inp.ndim < 2 or inp.shape[1] != channels:
         raise ValueError(
             f"inp has shape {tuple(inp.shape)}, but {type(layer).__name__} "

@@ -24,7 +24,7 @@ class Cat(nn.Module):
 
 
 class Add(nn.Module):
-    """Sum tensors of the same shape."""
+    """Sum tensors, whose shapes may broadcast."""
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """One or more tensors -> their sum"""
@@ -105,7 +105,12 @@ class ModuleSum(nn.ModuleList):
         """(B, inp_channels, *size) -> (B, out_channels, *size)"""
         if not len(self):
             raise ValueError("ModuleSum holds no modules: there is nothing to sum")
-        return functools.reduce(torch.add, (module(inp) for module in self))
+        outputs = [module(inp) for module in self]
+        for out in outputs[1:]:
+            if out.shape != outputs[0].shape:
+                shapes = [tuple(out.shape) for out in outputs]
+                raise ValueError(f"the modules return different shapes, {shapes}: no sum has one")
+        return functools.reduce(torch.add, outputs)
 
 
 class Stack(nn.Sequential):
@@ -235,6 +240,7 @@ class GlobalPool(nn.Module):
 
     def forward(self, inp: Tensor) -> Tensor:
         """(B, C, *size) -> (B, C, *ones), or (B, C) without `keepdim`, for `dim="spatial"`"""
+        check.tensor(inp)
         dim = tuple(range(2, inp.ndim)) if self.dim == "spatial" else self.dim
         reduce = torch.amax if self.reduction == "max" else torch.mean
         return reduce(inp, dim, keepdim=self.keepdim)

@@ -7,6 +7,7 @@ channels, a 1x1 convolution sees to it at the coarse end.
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cassetta.core import check
@@ -77,7 +78,7 @@ class DownConv(Level):
         """
         super().__init__()
         self._describe(ndim, inp_channels, out_channels, factor)
-        self.conv = _CONV[ndim](
+        self.conv = _CONV[self.ndim](
             self.inp_channels, self.out_channels, kernel_size=self.factor, stride=self.factor
         )
 
@@ -114,7 +115,7 @@ class UpConv(Level):
         """
         super().__init__()
         self._describe(ndim, inp_channels, out_channels, factor)
-        self.conv = _CONV_TRANSPOSED[ndim](
+        self.conv = _CONV_TRANSPOSED[self.ndim](
             self.inp_channels, self.out_channels, kernel_size=self.factor, stride=self.factor
         )
 
@@ -154,7 +155,7 @@ class DownPool(Level, nn.Sequential):
         """
         super().__init__()
         self._describe(ndim, inp_channels, out_channels, factor)
-        self.append(_POOL[ndim](self.factor, self.factor, return_indices=return_indices))
+        self.append(_POOL[self.ndim](self.factor, self.factor, return_indices=return_indices))
         self.extend(self._pointwise() or [DoNothing()])
 
     @property
@@ -207,7 +208,7 @@ class UpPool(Level, nn.Sequential):
         super().__init__()
         self._describe(ndim, inp_channels, out_channels, factor)
         self.extend(self._pointwise() or [DoNothing()])
-        self.append(_UNPOOL[ndim](self.factor, self.factor))
+        self.append(_UNPOOL[self.ndim](self.factor, self.factor))
 
     def forward(
         self, inp: Tensor, *, indices: Tensor, out_size: Sequence[int] | None = None
@@ -228,9 +229,11 @@ class UpPool(Level, nn.Sequential):
         """
         self._check(inp, down=False)
         expected = (inp.shape[0], self.out_channels, *inp.shape[2:])
-        if indices.shape != expected:
+        check.tensor(indices, "indices")
+        if indices.shape != expected or indices.dtype != torch.int64:
             raise ValueError(
-                f"indices has shape {tuple(indices.shape)}, but {expected} is expected"
+                f"indices has shape {tuple(indices.shape)} and dtype {indices.dtype}, "
+                f"but {expected} and torch.int64 are expected"
             )
         conv, unpool = self
         return unpool(conv(inp), indices, None if out_size is None else list(out_size))

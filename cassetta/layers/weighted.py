@@ -1,5 +1,6 @@
 """Layers with a weight, whose shape is known at once or only from the first input."""
 
+import math
 from typing import Any, cast
 
 import torch
@@ -36,7 +37,8 @@ class Weighted(nn.Module):
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
         if self.bias is not None:
             fan_in, _ = nn.init._calculate_fan_in_and_fan_out(self.weight)
-            nn.init.uniform_(self.bias, -(fan_in**-0.5), fan_in**-0.5)
+            bound = 1 / math.sqrt(fan_in)
+            nn.init.uniform_(self.bias, -bound, bound)
 
 
 _LazyModuleMixin: Any = LazyModuleMixin  # typed against a protocol that no torch module meets

@@ -124,13 +124,17 @@ class SegNet(LoadableMixin, Chain):
         """(B, inp_channels, *size) -> (B, out_channels, *size), before the last activation"""
         self._check(inp)
         features, backbone, head = self
-        return head.conv(backbone(features(inp)))
+        last = head.conv if isinstance(head, ConvBlock) else head
+        return last(backbone(features(inp)))
 
     def _check(self, inp: Tensor) -> None:
         """Refuse what some part could not work with, before the first one has worked."""
-        check.image(inp, self.ndim, self.inp_channels)
-        if hasattr(self[1], "check_size"):  # a user's backbone need not have it
-            self[1].check_size(inp.shape[2:])
+        features, backbone, _ = self
+        if isinstance(features, ConvBlock):  # what a user put there instead need not tell
+            check.image(inp, features.ndim, features.inp_channels)
+            if hasattr(backbone, "check_image"):
+                batch, _, *size = inp.shape
+                backbone.check_image(inp[:1, :1].expand(batch, features.out_channels, *size))
 
 
 def _backbone(backbone: Any, ndim: int, options: dict[str, Any] | None) -> Any:
