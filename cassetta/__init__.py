@@ -7,7 +7,7 @@ io          modules that save how they were built
 functional  what the layers compute
 kernels     who computes it, and why
 
-`summary(net, shape)` says what a network costs, block by block.
+`summary(net, shape)` says what a network costs, `explain(net, image)` who runs it and why.
 """
 
 from cassetta import (
@@ -20,6 +20,7 @@ from cassetta import (
     models as models,
 )
 from cassetta.costs import summary as summary
+from cassetta.explanation import explain as explain
 from cassetta.kernels.dispatch import set_backend as set_backend, use_backend as use_backend
 
 __version__ = "0.1.0"

@@ -6,18 +6,29 @@ The request comes from `set_backend`, `use_backend` or the environment variable 
     triton      Triton kernels wherever one exists; an error where Triton cannot run at all
     reference   plain PyTorch, everywhere
 
-This release holds the reference only, so "auto" means "reference" and "triton" is refused.
+With TRITON_INTERPRET=1 in the environment, "triton" runs the kernels on the CPU, slowly, for tests.
 """
 
+import functools
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
-from cassetta.kernels import reference
+import torch
+from torch import Tensor
+
+from cassetta.kernels import configs, reference
 
 BACKENDS = ("auto", "triton", "reference")
 ENVIRONMENT = "CASSETTA_BACKEND"
+INTERPRET = "TRITON_INTERPRET"
+
+SMALL = 2**18
+"""Images with fewer elements stay with plain PyTorch in "auto": a kernel is not faster than the
+time it takes to start it. A guess, until it is measured."""
 
 
 class BackendError(RuntimeError):
@@ -26,6 +37,7 @@ class BackendError(RuntimeError):
 
 # one value for the process, not one per thread: autograd and DataParallel run in threads of theirs
 _requested: str | None = None
+_on_reference_passes = False
 
 
 def backend() -> str:
@@ -69,20 +81,90 @@ def use_backend(name: str | None) -> Iterator[None]:
         _requested = before
 
 
+@contextmanager
+def fused_on_reference() -> Iterator[None]:
+    """For tests: the written-out gradients, on the passes of `reference`, in any dtype."""
+    global _on_reference_passes
+    before, _on_reference_passes = _on_reference_passes, True
+    try:
+        yield
+    finally:
+        _on_reference_passes = before
+
+
 def why_no_triton() -> str | None:
     """Why no Triton kernel can run in this process, as a sentence; None if one can."""
-    return "this release of cassetta has no Triton kernels yet"
+    if not torch.compiler.is_compiling() and (missing := _why_not_importable()):
+        return missing  # (a tracer cannot try; where it finds a GPU, it needs triton itself)
+    if is_interpreted():
+        return None
+    if torch.version.hip:
+        return "this torch is built for ROCm, where the kernels have not been tried"
+    if not torch.cuda.is_available():
+        return f"torch finds no NVIDIA GPU ({INTERPRET}=1 runs the kernels on the CPU, slowly)"
+    best = max(torch.cuda.get_device_capability(n) for n in range(torch.cuda.device_count()))
+    if best < (8, 0):
+        return f"no GPU here has compute capability 8.0 or newer (the best has {best[0]}.{best[1]})"
+    return None
 
 
-def why_reference() -> str | None:
-    """Why the passes run in plain PyTorch, as a sentence; None if they do not."""
-    if backend() == "reference":
+def why_reference(x: Tensor | None = None) -> str | None:
+    """Why the passes run in plain PyTorch (for this image), as a sentence; None if they do not."""
+    if _on_reference_passes:
+        return None
+    asked = backend()
+    if asked == "reference":
         return "the backend 'reference' was asked for"
-    return why_no_triton()
+    return why_no_triton() or (None if x is None else _why_not_for(x, asked))
+
+
+def _why_not_for(x: Tensor, asked: str) -> str | None:
+    if not torch.compiler.is_compiling():
+        if torch._C._functorch.maybe_current_level() is not None:
+            return "torch.func transforms need plain operations"
+        if type(x) not in _PLAIN and not _is_fake(x):
+            return f"the image is a {type(x).__name__}, not a plain tensor"
+    if x.dtype not in configs.dtypes():
+        return f"the image is in {str(x.dtype).removeprefix('torch.')}"
+    device = x.device.type
+    if device == "cpu" and is_interpreted():
+        return None if asked == "triton" else "the image is on the CPU"
+    if device != "cuda":
+        return f"the image is on the {'CPU' if device == 'cpu' else device + ' device'}"
+    if is_interpreted():
+        return f"{INTERPRET}=1 runs kernels on the CPU only"
+    major, minor = torch.cuda.get_device_capability(x.device)
+    if major < 8:
+        return f"this GPU has compute capability {major}.{minor}, and 8.0 is needed"
+    if asked == "auto" and x.numel() < SMALL:
+        return f"so small an image ({tuple(x.shape)}) is no slower in plain PyTorch"
+    return None
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _is_fake(x: Tensor) -> bool:
+    """Whether x is one of torch's own stand-ins for a plain tensor, which tracing works with."""
+    return type(x).__module__.startswith("torch._subclasses.")
+
+
+@functools.cache
+def _why_not_importable() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except Exception as error:  # a broken installation is as good as none
+        return f"triton cannot be imported ({error}): pip install triton, on Linux"
+    return None
+
+
+def is_interpreted() -> bool:
+    """Whether Triton kernels run on the CPU, by its interpreter."""
+    return os.environ.get(INTERPRET, "") in ("1", "true", "True", "on")
 
 
 def implementation() -> ModuleType:
-    """The module whose passes run.
+    """The module whose convolutions run.
 
     Raises
     ------
@@ -93,6 +175,26 @@ def implementation() -> ModuleType:
     return reference
 
 
+def passes(x: Tensor) -> Any:
+    """Who runs the passes over this image: `moments`, `materialize`, `prologue_sums`, ..._dgrad."""
+    if _on_reference_passes or why_no_triton() or x.dtype not in configs.dtypes():
+        return reference
+    on_its_device = x.device.type == ("cpu" if is_interpreted() else "cuda")
+    return _triton_passes() if on_its_device else reference
+
+
+@functools.cache
+def _triton_passes() -> Any:
+    pointwise = importlib.import_module("cassetta.kernels.pointwise")  # which imports triton
+    reductions = importlib.import_module("cassetta.kernels.reductions")
+    return SimpleNamespace(
+        moments=reductions.moments,
+        materialize=pointwise.materialize,
+        prologue_sums=reductions.prologue_sums,
+        prologue_dgrad=pointwise.prologue_dgrad,
+    )
+
+
 def _known(name: object, source: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"{source}={name!r} is not a backend: use one of {', '.join(BACKENDS)}")
@@ -100,8 +202,8 @@ def _known(name: object, source: str) -> str:
 
 
 def _feasible(name: str) -> None:
-    why = why_no_triton()
-    if name == "triton" and why:
+    why = why_no_triton() if name == "triton" else None
+    if why:
         raise BackendError(
             f"the backend 'triton' cannot run: {why}. Ask for 'auto' or 'reference' "
             f"({ENVIRONMENT} or cassetta.set_backend)"

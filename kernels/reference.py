@@ -1,13 +1,16 @@
-"""The passes in plain PyTorch, under torch's own autograd: the specification and the fallback.
+"""The passes in plain PyTorch: the specification of the kernels, and their fallback.
 
-Second derivatives, FLOP counters, exports and every transform work as in any PyTorch module,
-because nothing here is written by hand but the padding.
+The convolutions are under torch's own autograd; the passes over a pending transform are steps of a
+written-out gradient (`cassetta.functional`), and are not differentiated themselves. All compute in
+float32 (float64 for float64) and round once, when they store.
 """
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cassetta.kernels.types import Geometry
+from cassetta.kernels import activations
+from cassetta.kernels.types import Fold, Geometry, Moments, Prologue
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -21,6 +24,27 @@ def conv_fprop(x: Tensor, w: Tensor, b: Tensor | None, geometry: Geometry) -> Te
         padding = ((0, 0),) * len(padding)
     symmetric = tuple(before for before, _ in padding)
     return _CONV[len(stride)](x, w, b, stride, symmetric, dilation, groups)
+
+
+def conv_backward(
+    g: Tensor, x: Tensor, w: Tensor, b: Tensor | None, geometry: Geometry,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of x, w and b in `conv_fprop`, given that of y; those that are needed."""
+    stride, padding, dilation, groups = geometry
+    shape = x.shape
+    uneven = any(before != after for before, after in padding)
+    if uneven:
+        x = F.pad(x, [p for pair in reversed(padding) for p in pair])
+    common = [0 if uneven else before for before, _ in padding]
+    dx, dw, db = torch.ops.aten.convolution_backward(
+        g, x, w, None if b is None else list(b.shape), stride, common, dilation, False,
+        [0] * len(stride), groups, needs,
+    )  # fmt: skip
+    if uneven and dx is not None:
+        for axis, (before, _) in enumerate(padding, start=2):
+            dx = dx.narrow(axis, before, shape[axis])
+    return dx, dw, db
 
 
 def conv_transposed(
@@ -39,3 +63,85 @@ def conv_transposed(
             start = before - min(before, after)
             y = y.narrow(axis, start, y.shape[axis] - abs(after - before))
     return y
+
+
+def moments(x: Tensor, p: Prologue) -> Moments:
+    """Mean and variance over the voxels of act(s1 x + t1), for x (N, C, *X): (N, C) each."""
+    _, v = _inner(x, p)
+    space = tuple(range(2, x.ndim))
+    return Moments(v.mean(space), v.var(space, correction=0))
+
+
+def materialize(x: Tensor, p: Prologue, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """z = s2 act(s1 x + t1) + t2 (+ residual), for x (N, C, *X), in `dtype`."""
+    _, z = _inner(x, p)
+    if p.s2 is not None and p.t2 is not None:
+        z = _over(p.s2, x) * z + _over(p.t2, x)
+    if residual is not None:
+        z = z + residual
+    return z.to(dtype)
+
+
+def prologue_sums(
+    g: Tensor, x: Tensor, p: Prologue, centre: Tensor, fold: Fold | None, after: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over the voxels of what the gradient g of z gives to b, and to the slope: (N, C) each.
+
+    b is v = act(s1 x + t1), the value after the activation, or x, the value before:
+
+        after       h = g               b = v       e = s2 g + fold(v)
+        before      h = e act'(u)       b = x       e = s2 g
+        sums of     h,    h (b - centre),    e min(u, 0)
+    """
+    u, v = _inner(x, p)
+    g = g.to(u.dtype)
+    outer = g if p.s2 is None else g * _over(p.s2, x)
+    if fold is not None and after:
+        outer = outer + _folded(fold, v)
+    h, b = g, v
+    if not after:
+        h, b = outer * activations.derivative(u, p.activation, _slope(p, x)), x.to(u.dtype)
+    space = tuple(range(2, x.ndim))
+    slope = (outer * u.clamp(max=0)).sum(space)
+    return h.sum(space), (h * (b - _over(centre, x))).sum(space), slope
+
+
+def prologue_dgrad(g: Tensor, x: Tensor, p: Prologue, fold: Fold | None, after: bool) -> Tensor:
+    """The gradient of x (N, C, *X), given that of z, and what the statistics of b add to b's.
+
+    after       e = s2 g + fold(v)         dx = s1 e act'(u)
+    before      e = s2 g                   dx = s1 e act'(u) + fold(x)
+    """
+    u, v = _inner(x, p)
+    e = g.to(u.dtype)
+    if p.s2 is not None:
+        e = e * _over(p.s2, x)
+    if fold is not None and after:
+        e = e + _folded(fold, v)
+    dx = e * activations.derivative(u, p.activation, _slope(p, x))
+    if p.s1 is not None:
+        dx = dx * _over(p.s1, x)
+    if fold is not None and not after:
+        dx = dx + _folded(fold, x.to(u.dtype))
+    return dx.to(x.dtype)
+
+
+def _inner(x: Tensor, p: Prologue) -> tuple[Tensor, Tensor]:
+    """u = s1 x + t1 and v = act(u)."""
+    u = x.to(torch.promote_types(x.dtype, torch.float32))
+    if p.s1 is not None and p.t1 is not None:
+        u = _over(p.s1, x) * u + _over(p.t1, x)
+    return u, activations.apply(u, p.activation, _slope(p, x))
+
+
+def _slope(p: Prologue, x: Tensor) -> Tensor | None:
+    return None if p.slope is None else _over(p.slope, x)
+
+
+def _folded(fold: Fold, b: Tensor) -> Tensor:
+    return _over(fold.a, b) + _over(fold.k, b) * (b - _over(fold.centre, b))
+
+
+def _over(table: Tensor, x: Tensor) -> Tensor:
+    """A table (N, C) over the voxels of x: (N, C, 1, ...)."""
+    return table.reshape(*table.shape, *[1] * (x.ndim - 2))

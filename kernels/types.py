@@ -1,6 +1,9 @@
-"""What the passes speak in, beside tensors: named tuples of integers, without behaviour."""
+"""What the passes speak in, beside tensors: named tuples, without behaviour."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 
 class Geometry(NamedTuple):
@@ -10,3 +13,58 @@ class Geometry(NamedTuple):
     padding: tuple[tuple[int, int], ...]  # (before, after): an even kernel pads asymmetrically
     dilation: tuple[int, ...]
     groups: int = 1  # of the channels, not per axis
+
+
+class Activation(NamedTuple):
+    """A function of one number, by the name it has in `activations`, with up to two constants."""
+
+    name: str = "identity"
+    p: float = 0.0
+    q: float = 0.0
+
+
+class Prologue(NamedTuple):
+    """The pending transform of a tensor x: z = s2 * act(s1 * x + t1) + t2.
+
+    The scales and shifts are (N, C) in float32 (float64 for a float64 x), or None for 1 and 0; a
+    scale and its shift are both None or both given. `slope` (N, C) is what PReLU learns.
+    """
+
+    s1: Tensor | None = None
+    t1: Tensor | None = None
+    activation: Activation = Activation()  # immutable
+    slope: Tensor | None = None
+    s2: Tensor | None = None
+    t2: Tensor | None = None
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether z is x."""
+        return self.s1 is None and self.s2 is None and self.activation.name == "identity"
+
+
+class Moments(NamedTuple):
+    """Mean and (biased) variance over the voxels of each channel of each sample: (N, C)."""
+
+    mean: Tensor
+    var: Tensor
+
+
+class Fold(NamedTuple):
+    """What the gradient of a value b gains from the statistics of b: a + k (b - centre), (N, C)."""
+
+    a: Tensor
+    k: Tensor
+    centre: Tensor
+
+
+def flat(prologue: Prologue) -> tuple[Any, ...]:
+    """The prologue as the arguments of a registered operator, which knows tensors and numbers."""
+    s1, t1, (name, p, q), slope, s2, t2 = prologue
+    return s1, t1, name, p, q, slope, s2, t2
+
+
+def unflat(arguments: Sequence[Any]) -> Prologue:
+    """The prologue that `flat` took apart."""
+    s1, t1, name, p, q, slope, s2, t2 = arguments
+    return Prologue(s1, t1, Activation(name, p, q), slope, s2, t2)

@@ -54,7 +54,7 @@ def phantom(folder, shape=(30, 40, 20), affine=None, dtype=np.float32):
     ("asked", "code", "text"),
     [
         ("", 0, "reference (plain PyTorch)"),
-        ("auto", 0, "no Triton kernels yet"),
+        ("auto", 0, "no NVIDIA GPU"),
         ("reference", 0, "the backend 'reference' was asked for"),
         ("triton", 1, "cannot run"),
         ("Cuda", 1, "CASSETTA_BACKEND='Cuda' is not a backend"),

@@ -11,7 +11,7 @@ from cassetta.layers import Conv
 def test_the_default_is_auto_and_says_why_it_runs_the_reference():
     assert backend() == "auto"
     assert dispatch.implementation() is reference
-    assert "no Triton kernels yet" in why_reference()
+    assert "no NVIDIA GPU" in why_reference()
 
 
 def test_environment_variable(monkeypatch):

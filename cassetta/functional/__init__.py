@@ -3,8 +3,15 @@
 from cassetta.functional.attention import dot_product_attention as dot_product_attention
 from cassetta.functional.conv import (
     conv as conv,
+    conv_deferred as conv_deferred,
     conv_transposed as conv_transposed,
     pad as pad,
     same_padding as same_padding,
 )
+from cassetta.functional.deferred import (
+    Deferred as Deferred,
+    defer as defer,
+    materialize as materialize,
+)
+from cassetta.functional.norm import Norm as Norm, Pool as Pool
 from cassetta.functional.resize import fit as fit, nth as nth, resize as resize

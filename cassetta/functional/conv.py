@@ -1,13 +1,21 @@
-"""Convolution in 1 to 3 dimensions, with the boundary conditions of torch-bounds."""
+"""Convolution in 1 to 3 dimensions, with the boundary conditions of torch-bounds.
+
+`conv` is plain PyTorch. `conv_deferred` reads a `Deferred`, and keeps for backward what that holds,
+not what it is made into: the operand z is built again for the gradient of the weights.
+"""
+
+from typing import Any
 
 import torch
 from bounds import BoundType as Bound, indexing, to_enum, to_fourier
 from torch import Tensor
+from torch.autograd import Function
 from torch.nn import functional as F
 
 from cassetta.core.typing import BoundType
-from cassetta.kernels import dispatch
-from cassetta.kernels.types import Geometry
+from cassetta.functional.deferred import Deferred, first_order
+from cassetta.kernels import dispatch, ops, reference
+from cassetta.kernels.types import Activation, Geometry, Prologue, flat, unflat
 
 Pairs = tuple[tuple[int, int], ...]
 
@@ -63,3 +71,66 @@ def conv_transposed(
     """The adjoint of `conv`: inp (B, K, *size), weight (K, C/groups, *kernel): (B, C, *out)."""
     passes = dispatch.implementation()
     return passes.conv_transposed(inp, weight, bias, geometry, output_padding)
+
+
+def conv_deferred(
+    x: Deferred,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    activation: Activation | None = None,
+) -> Deferred:
+    """`conv` of what x stands for; perhaps with an activation, and then what leaves it is kept.
+
+    Under autocast x and the parameters are rounded to its dtype, as `torch.conv3d` has it.
+    """
+    raw, prologue = x.handle(), x.prologue
+    dtype = raw.dtype
+    if torch.is_autocast_enabled(raw.device.type):
+        dtype = torch.get_autocast_dtype(raw.device.type)
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        if prologue.is_identity:  # else z is rounded when it is built
+            raw = raw.to(dtype)
+    act = Activation() if activation is None else activation
+    y = _Convolution.apply(raw, weight, bias, *flat(prologue), *geometry, dtype, *act)
+    return Deferred(y)  # type: ignore[arg-type]
+
+
+class _Convolution(Function):
+    """y = act(z * w + b), z being built of x when it is needed, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, *rest: Any) -> Tensor:
+        s1, t1, name, p, q, slope, s2, t2, stride, padding, dilation, groups, dtype, *act = rest
+        ctx.geometry = stride, padding, dilation, groups
+        ctx.inner, ctx.outer, ctx.dtype = (name, p, q), tuple(act), dtype
+        z = _operand(x, unflat((s1, t1, name, p, q, slope, s2, t2)), dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            y = reference.conv_fprop(z, w, b, Geometry(*ctx.geometry))
+        outer = Prologue(activation=Activation(*act))
+        if not outer.is_identity:
+            y = ops.materialize(y, outer, None, y.dtype)
+        kept = None if outer.is_identity else y  # whose sign tells the slope of the activation
+        ctx.save_for_backward(x, w, b, s1, t1, slope, s2, t2, kept)
+        return y
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, g: Tensor) -> tuple:
+        x, w, b, s1, t1, slope, s2, t2, kept = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if kept is not None:
+            outer = Prologue(activation=Activation(*ctx.outer))
+            g = ops.prologue_dgrad(g, kept, outer, None, False)
+        z = x
+        if needs[1]:
+            z = _operand(x, unflat((s1, t1, *ctx.inner, slope, s2, t2)), ctx.dtype)
+        elif x.dtype != ctx.dtype:
+            z = x.to(ctx.dtype)  # only its shape and layout matter
+        to = (needs[0], needs[1], needs[2])
+        dx, dw, db = reference.conv_backward(g, z, w, b, Geometry(*ctx.geometry), to)
+        return dx, dw, db, *[None] * 16
+
+
+def _operand(x: Tensor, prologue: Prologue, dtype: torch.dtype) -> Tensor:
+    return x if prologue.is_identity else ops.materialize(x, prologue, None, dtype)

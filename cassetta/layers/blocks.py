@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cassetta import functional
 from cassetta.core import check
 from cassetta.core.typing import (
     ActivationType,
@@ -15,6 +16,9 @@ from cassetta.core.typing import (
     OneOrSeveral,
     SeparableType,
 )
+from cassetta.functional import Deferred, defer, materialize
+from cassetta.kernels.activations import KEEP_SIGN
+from cassetta.layers import fusing
 from cassetta.layers.activations import make_activation
 from cassetta.layers.attention import make_attention
 from cassetta.layers.conv import make_conv
@@ -120,10 +124,47 @@ class ConvBlock(Stack):
 
     def forward(self, inp: Tensor) -> Tensor:
         """(B, inp_channels, *size) -> (B, out_channels, *size)"""
-        check.image(inp, self.ndim, self.inp_channels)
+        return materialize(self.defer(defer(inp)))
+
+    def defer(self, x: Deferred) -> Deferred:
+        """`forward` of what x stands for, which need not be computed on the way."""
+        check.image(x.raw, self.ndim, self.inp_channels)
+        layers: dict[str, Any] = {letter: getattr(self, LAYERS[letter]) for letter in self.order}
+        why = None
+        if len(self) > sum(layer is not None for layer in layers.values()):
+            why = "layers were appended to it"
+        why = why or fusing.why_plain(layers, x)
+        fusing.note(self, why)
+        return self._plain(x) if why else self._fused(x, layers)
+
+    def _plain(self, x: Deferred) -> Deferred:
+        out = materialize(x)
         for layer in self.in_order():
-            inp = layer(inp)
-        return inp
+            out = layer(out)
+        return Deferred(out)
+
+    def _fused(self, x: Deferred, layers: dict[str, Any]) -> Deferred:
+        steps = "".join(letter for letter in self.order if layers[letter] is not None)
+        act = None
+        if layers["n"] is None and "ca" in steps:  # the activation leaves with the convolution
+            act = fusing.activation_of(layers["a"])
+            if act is not None and act.name in KEEP_SIGN and act.p >= 0:
+                steps = steps.replace("a", "")
+            else:
+                act = None
+        for letter in steps:
+            layer = layers[letter]
+            if letter == "c":
+                x = functional.conv_deferred(x, layer.weight, layer.bias, layer.geometry, act)
+            elif letter == "n":
+                x = fusing.normalized(x, layer)
+            elif letter == "d":
+                x = fusing.dropped(x, layer)
+            elif letter == "a":
+                x = fusing.activated(x, layer)
+            else:
+                x = Deferred(layer(materialize(x)))
+        return x
 
     def in_order(self) -> Iterator[nn.Module]:
         """The layers that there are, in the order of the word; then what was appended since.

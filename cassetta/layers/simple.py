@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from cassetta.core import check
 from cassetta.core.typing import OneOrSeveral
+from cassetta.functional import Deferred, defer, materialize
+from cassetta.layers import fusing
 
 
 class Cat(nn.Module):
@@ -105,12 +107,21 @@ class ModuleSum(nn.ModuleList):
         """(B, inp_channels, *size) -> (B, out_channels, *size)"""
         if not len(self):
             raise ValueError("ModuleSum holds no modules: there is nothing to sum")
-        outputs = [module(inp) for module in self]
-        for out in outputs[1:]:
-            if out.shape != outputs[0].shape:
-                shapes = [tuple(out.shape) for out in outputs]
-                raise ValueError(f"the modules return different shapes, {shapes}: no sum has one")
-        return functools.reduce(torch.add, outputs)
+        return materialize(self.defer(defer(inp)))
+
+    def defer(self, x: Deferred) -> Deferred:
+        """`forward` of what x stands for; each module's output is added as it is computed."""
+        total: Tensor | None = None
+        for module in self:
+            out = fusing.run(module, x)
+            if total is not None and out.shape != total.shape:
+                raise ValueError(
+                    f"the modules return different shapes, {tuple(total.shape)} and "
+                    f"{tuple(out.shape)}: no sum has one"
+                )
+            total = materialize(out, total)
+        assert total is not None
+        return Deferred(total)
 
 
 class Stack(nn.Sequential):
@@ -190,17 +201,28 @@ class ModuleGroup(Chain):
         -------
         out : [tuple of] (B, channels, *size) tensor
         """
-        out, outputs = inp, []
-        for n, module in enumerate(self):
-            before, out = out, module(out)
-            if self.residual:
-                out = out + _matching(before, out, self.skip if n == 0 else 0)
-            if return_all:
-                outputs.append(out)
-        return tuple(outputs) if return_all else out
+        if not return_all:
+            return materialize(self.defer(defer(inp)))
+        outputs: list[Tensor] = []
+        for n in range(len(self)):
+            outputs.append(materialize(self._step(n, outputs[-1] if outputs else inp)))
+        return tuple(outputs)
+
+    def defer(self, x: Deferred) -> Deferred:
+        """`forward` of what x stands for, which need not be computed on the way."""
+        out: Tensor | Deferred = x
+        for n in range(len(self)):
+            out = self._step(n, out)
+        return defer(out)
+
+    def _step(self, n: int, x: Tensor | Deferred) -> Tensor | Deferred:
+        out = fusing.run(self[n], x)
+        if not self.residual:
+            return out
+        return materialize(out, _matching(materialize(x), out, self.skip if n == 0 else 0))
 
 
-def _matching(before: Tensor, out: Tensor, skip: int) -> Tensor:
+def _matching(before: Tensor, out: Tensor | Deferred, skip: int) -> Tensor:
     """The part of a module's input that is added to its output."""
     if skip:
         before = before[:, : out.shape[1]]

@@ -1,0 +1,83 @@
+"""Which engine runs each block of a network on given inputs, and if it is not fused, why not."""
+
+import io
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from cassetta.layers import fusing
+
+
+class Engine(NamedTuple):
+    """Who ran one block."""
+
+    name: str
+    kind: str
+    engine: str  # "library": the convolution by torch, all else by kernels; or "reference"
+    reason: str  # why the block is not fused; "" if it is
+
+
+class Explanation(Sequence[Engine]):
+    """A row per block, in the order of execution; prints as a table."""
+
+    def __init__(self, rows: list[Engine]) -> None:
+        self.rows = rows
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[index]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        table = Table(box=None, pad_edge=False)
+        for name in Engine._fields:
+            table.add_column("block" if name == "name" else name)
+        for row in self.rows:
+            table.add_row(*row)
+        text = io.StringIO()
+        Console(file=text, width=160).print(table)
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def explain(model: nn.Module, *inputs: Tensor) -> Explanation:
+    """Run a network once, and tell which engine ran each of its `ConvBlock`s.
+
+    Buffers, gradients, the mode and the state of random generators stay as they are.
+
+    ```python
+    print(cassetta.explain(net, image))
+    ```
+
+    Parameters
+    ----------
+    model : Module
+        The network.
+    *inputs : tensor
+        What it is called with, on the device where it is to run.
+
+    Returns
+    -------
+    explanation : Explanation
+        Rows with `.name`, `.kind`, `.engine` ("library" or "reference") and `.reason`.
+    """
+    names = {module: name or type(module).__name__ for name, module in model.named_modules()}
+    copies = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    gpus = sorted({x.device.index or 0 for x in inputs if x.device.type == "cuda"})
+    before, fusing._log = fusing._log, []
+    try:
+        with torch.random.fork_rng(devices=gpus), torch.no_grad():
+            torch.func.functional_call(model, copies, inputs, tie_weights=False)
+        ran = fusing._log
+    finally:
+        fusing._log = before
+    seen: dict[nn.Module, Engine] = {}
+    for block, why in ran:
+        engine = "library" if why is None else "reference"
+        name = names.get(block, type(block).__name__)
+        seen.setdefault(block, Engine(name, type(block).__name__, engine, why or ""))
+    return Explanation(list(seen.values()))

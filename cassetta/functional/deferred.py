@@ -1,0 +1,257 @@
+"""Tensors whose norm, dropout and activation are still to be applied.
+
+Between two convolutions, every chain of norm, channel dropout and activation amounts to
+
+    z = s2 act(s1 x + t1) + t2          scales and shifts per sample and channel
+
+so x travels as it left the convolution, together with what is pending, and whoever reads it applies
+the rest while it reads. Only x is kept for backward.
+
+In the graph of autograd a `Deferred` stands for z: all who read it return the gradient of z, which
+for most is at hand (that of a sum is the gradient itself, that of a convolution is what cuDNN
+returns). Where they meet, one node, `_Pending`, turns the gradient of z into that of x, of gamma
+and beta, and, through the statistics of the norm, of every voxel that they were computed from. In
+memory that node returns x itself: what stands for z in the graph is x in memory.
+
+A chain holds one activation and one norm; a second one finds the first applied (`materialize`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from cassetta.functional.norm import Norm, Pool
+from cassetta.kernels import ops
+from cassetta.kernels.types import Activation, Moments, Prologue, flat, unflat
+
+_NOTHING = Prologue()
+
+
+class Deferred:
+    """A tensor x (N, C, *X) and the transform that makes it z; never seen outside the package."""
+
+    def __init__(
+        self,
+        raw: Tensor,
+        prologue: Prologue = _NOTHING,
+        norm: Norm | None = None,
+        affine: tuple[Tensor | None, Tensor | None] = (None, None),
+        weight: Tensor | None = None,
+    ) -> None:
+        self.raw = raw
+        self.prologue = prologue
+        self.norm = norm
+        self.affine = affine  # gamma and beta of the norm
+        self.weight = weight  # of PReLU
+        self._z: Tensor | None = raw if prologue.is_identity else None
+        self._handle = self._z
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.raw.shape
+
+    @property
+    def voxels(self) -> int:
+        """How many there are in a channel of a sample."""
+        return math.prod(self.raw.shape[2:])
+
+    @property
+    def has_activation(self) -> bool:
+        return self.prologue.activation.name != "identity"
+
+    def scaled(self, factor: Tensor) -> Deferred:
+        """Channels multiplied by a factor (N, C) that needs no gradient, as dropout does."""
+        s1, t1, act, slope, s2, t2 = self.prologue
+        norm = self.norm
+        if norm is not None and norm.outer == self.has_activation:  # and so comes last
+            norm = norm._replace(after=factor if norm.after is None else norm.after * factor)
+        zero = torch.zeros_like(factor)
+        if self.has_activation:
+            s2, t2 = (factor, zero) if s2 is None or t2 is None else (s2 * factor, t2 * factor)
+        else:
+            s1, t1 = (factor, zero) if s1 is None or t1 is None else (s1 * factor, t1 * factor)
+        return self._next(Prologue(s1, t1, act, slope, s2, t2), norm)
+
+    def activated(self, activation: Activation, weight: Tensor | None = None) -> Deferred:
+        """The activation applied; `weight` (C,) or (1,) is what PReLU learns."""
+        if activation.name == "identity":
+            return self
+        if self.has_activation:
+            return Deferred(materialize(self)).activated(activation, weight)
+        slope = None
+        if weight is not None:
+            n, c = self.raw.shape[:2]
+            slope = weight.detach().to(_table_dtype(self.raw)).expand(n, c).contiguous()
+        prologue = self.prologue._replace(activation=activation, slope=slope)
+        return self._next(prologue, self.norm, weight=weight)
+
+    def normalized(
+        self,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        eps: float,
+        pool: Pool,
+        fixed: Moments | None = None,
+        track: Callable[[Moments, int], None] | None = None,
+    ) -> Deferred:
+        """The norm applied, with the statistics of z pooled by `pool`, or with `fixed` ones (C,).
+
+        `track` is told the pooled statistics, and of how many values they are.
+        """
+        if self.norm is not None:
+            z = Deferred(materialize(self))
+            return z.normalized(gamma, beta, eps, pool, fixed, track)
+        s1, t1, act, slope, s2, _ = self.prologue
+        before = s2 if self.has_activation else s1
+        with torch.no_grad():
+            n, c = self.raw.shape[:2]
+            if fixed is None:
+                inner = self.prologue if self.has_activation else Prologue()
+                own = ops.moments(self.raw, inner._replace(s2=None, t2=None))
+                centre = own.mean
+                if before is not None:
+                    own = Moments(before * own.mean, before.square() * own.var)
+                pooled, count = pool.statistics(own, self.voxels)
+                if track is not None:
+                    track(pooled, count)
+            else:
+                table = _table_dtype(self.raw)
+                pooled = Moments(*(one.to(table).expand(n, c) for one in fixed))
+                centre = pooled.mean
+            norm = Norm(
+                pooled.mean, (pooled.var + eps).rsqrt(), centre.clone(), before, None,
+                pool if fixed is None else None, self.has_activation,
+            )  # fmt: skip
+            scale, shift = (one.contiguous() for one in norm.affine(gamma, beta))
+        if self.has_activation:
+            prologue = Prologue(s1, t1, act, slope, scale, shift)
+        else:
+            prologue = Prologue(scale, shift)
+        return self._next(prologue, norm, affine=(gamma, beta))
+
+    def handle(self) -> Tensor:
+        """What stands for z in the graph, and is x in memory."""
+        if self._handle is None:
+            gamma, beta = self.affine
+            given = (self.raw, gamma, beta, self.weight)
+            if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+                norm = (None,) * 7 if self.norm is None else self.norm
+                self._handle = _Pending.apply(*given, *flat(self.prologue), *norm)
+            else:
+                self._handle = self.raw
+        return self._handle  # type: ignore[return-value]
+
+    def z(self) -> Tensor:
+        """z itself, computed once."""
+        if self._z is None:
+            self._z = _Materialize.apply(self.handle(), *flat(self.prologue), None)
+        return self._z  # type: ignore[return-value]
+
+    def _next(self, prologue: Prologue, norm: Norm | None, **changes: Any) -> Deferred:
+        now = {"affine": self.affine, "weight": self.weight, **changes}
+        return Deferred(self.raw, prologue, norm, **now)
+
+
+def defer(x: Tensor | Deferred) -> Deferred:
+    """A tensor with nothing pending; a `Deferred` as it is."""
+    return x if isinstance(x, Deferred) else Deferred(x)
+
+
+def materialize(x: Tensor | Deferred, residual: Tensor | None = None) -> Tensor:
+    """z, perhaps with a residual added in the same pass; a tensor as it is."""
+    if isinstance(x, Tensor):
+        return x if residual is None else x + residual
+    if residual is None:
+        return x.z()
+    if x.prologue.is_identity or x._z is not None:
+        return x.z() + residual
+    return _Materialize.apply(x.handle(), *flat(x.prologue), residual)  # type: ignore[return-value]
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For the backward of a Function: what it returns cannot be differentiated, and says so.
+
+    (`once_differentiable` says so only if the incoming gradient is part of a graph; that of a sum
+    is not, and second derivatives would silently lack what flows through the saved tensors.)
+    """
+
+    @functools.wraps(backward)
+    def guarded(ctx: Any, *grads: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            out = backward(ctx, *grads)
+        message = (
+            "the kernels of cassetta have first derivatives only: compute second derivatives "
+            "within `with cassetta.use_backend('reference'):`"
+        )
+        error = torch._C._functions.DelayedError(message, 1)  # type: ignore[attr-defined]
+        return tuple(error(g.requires_grad_()) if isinstance(g, Tensor) else g for g in out)
+
+    return guarded
+
+
+class _Pending(Function):
+    """x as it is, standing for z; backward, the gradient of z becomes that of x and parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gamma: Any, beta: Any, weight: Any, *rest: Any) -> Tensor:
+        s1, t1, name, p, q, slope, s2, t2, mean, rstd, centre, before, after, pool, outer = rest
+        tables = (s1, t1, slope, s2, t2, mean, rstd, centre, before, after)
+        ctx.save_for_backward(x, gamma, weight, *tables)
+        ctx.activation = (name, p, q)
+        ctx.pool, ctx.outer = pool, bool(outer)
+        return x.view_as(x)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, g: Tensor) -> tuple:
+        x, gamma, weight, s1, t1, slope, s2, t2, mean, rstd, centre, before, after = (
+            ctx.saved_tensors
+        )
+        prologue = unflat((s1, t1, *ctx.activation, slope, s2, t2))
+        to_x, to_gamma, to_beta, to_weight = ctx.needs_input_grad[:4]
+        dx = dgamma = dbeta = dweight = fold = None
+        voxels = math.prod(x.shape[2:])
+        around = torch.zeros(x.shape[:2], dtype=_table_dtype(x), device=x.device)
+        if mean is not None and (ctx.pool is not None or to_gamma or to_beta):
+            norm = Norm(mean, rstd, centre, before, after, ctx.pool, ctx.outer)
+            sum_g, sum_gb, _ = ops.prologue_sums(g, x, prologue, centre, None, ctx.outer)
+            dgamma, dbeta, fold = norm.gradients(gamma, sum_g, sum_gb, voxels)
+        if to_weight:  # after the norm, which has its share in the gradient of what precedes it
+            outer_fold = fold if ctx.outer else None
+            _, _, dslope = ops.prologue_sums(g, x, prologue, around, outer_fold, ctx.outer)
+            dweight = dslope.sum(0) if weight.numel() > 1 else dslope.sum().reshape(1)
+            dweight = dweight.to(weight.dtype)
+        if to_x:
+            dx = ops.prologue_dgrad(g, x, prologue, fold, ctx.outer)
+        dgamma = dgamma.to(gamma.dtype) if to_gamma and dgamma is not None else None
+        dbeta = dbeta.to(gamma.dtype) if to_beta and dbeta is not None else None
+        return dx, dgamma, dbeta, dweight, *[None] * 15
+
+
+class _Materialize(Function):
+    """z (+ residual) from what stands for it; the gradients of all three are the same."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
+        *prologue, residual = rest
+        dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+        ctx.has_residual = residual is not None
+        return ops.materialize(x, unflat(prologue), residual, dtype)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, g: Tensor) -> tuple:
+        return g, *[None] * 8, g if ctx.has_residual else None
+
+
+def _table_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

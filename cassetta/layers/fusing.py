@@ -1,0 +1,182 @@
+"""How layers become steps of a pending transform, and which modules may hand one on.
+
+A module that fuses has, beside `forward`, a method `defer`: it takes a `Deferred` and returns one.
+Containers call it where nobody can tell the difference: where the module is as we wrote it, and
+carries no hook. Any other module meets tensors, as always.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, distributed as dist, nn
+from torch.nn.modules import module as torch_module
+
+from cassetta.functional import Deferred, Pool, defer, materialize
+from cassetta.kernels import dispatch
+from cassetta.kernels.types import Activation, Moments
+from cassetta.layers.conv import Conv
+from cassetta.layers.dropout import ChannelDropout
+from cassetta.layers.norm import BatchNorm, InstanceNorm, LayerNorm, check_statistics
+
+_BATCH = (BatchNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_INSTANCE = (InstanceNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_GROUP = (LayerNorm, nn.GroupNorm)
+_DROPOUT = (ChannelDropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+
+_log: list[tuple[nn.Module, str | None]] | None = None
+"""Which blocks ran, and why not fused (None if they were), while somebody asks."""
+
+
+def run(module: nn.Module, x: Tensor | Deferred) -> Tensor | Deferred:
+    """What the module makes of x, pending transforms and all if it can hand them on."""
+    if _is_bare(module) and _defers(type(module)):
+        return module.defer(defer(x))  # type: ignore[operator]
+    return module(materialize(x))
+
+
+def run_as_written(module: nn.Module, x: Tensor | Deferred) -> Tensor:
+    """`run`, with a tensor in the end."""
+    return materialize(run(module, x))
+
+
+def note(block: nn.Module, why: str | None) -> None:
+    """Tell who asks that a block ran, fused (None) or not, and then why not."""
+    if _log is not None:
+        _log.append((block, why))
+
+
+def why_plain(layers: dict[str, nn.Module | None], x: Deferred) -> str | None:
+    """Why a block of these layers runs as plain PyTorch on x, as a sentence; None if it does not.
+
+    Parameters
+    ----------
+    layers : dict
+        Modules by letter: n norm, c conv, d dropout, a activation, x attention.
+    """
+    conv, norm, activation, dropout = (layers.get(letter) for letter in "cnad")
+    for layer in layers.values():
+        if layer is not None and not _is_bare(layer):
+            return f"a hook is attached to its {type(layer).__name__}"
+    if type(conv) is not Conv:
+        return f"its convolution is a {type(conv).__name__}"
+    if conv.padding_mode != "zeros":
+        return f"padding_mode={conv.padding_mode!r}"
+    if norm is not None and type(norm) not in (*_BATCH, *_INSTANCE, *_GROUP):
+        return f"no kernel has the norm {type(norm).__name__}"
+    if activation is not None and activation_of(activation) is None:
+        return f"no kernel has the activation {type(activation).__name__}"
+    if dropout is not None and type(dropout) not in _DROPOUT:
+        return f"no kernel has the dropout {type(dropout).__name__}"
+    if x.raw.shape[0] == 0:
+        return "the batch is empty"
+    if isinstance(norm, nn.SyncBatchNorm) and _process_group(norm) is not None:
+        return None  # torch's own is for GPUs only
+    return dispatch.why_reference(x.raw)
+
+
+def activation_of(module: nn.Module) -> Activation | None:
+    """What the kernels call an activation; None if they have none such."""
+    kind = type(module)
+    if kind in _PLAIN:
+        return Activation(_PLAIN[kind])
+    if isinstance(module, nn.LeakyReLU) and kind is nn.LeakyReLU:
+        return Activation("leaky_relu", float(module.negative_slope))
+    if isinstance(module, nn.ELU) and kind is nn.ELU:
+        return Activation("elu", float(module.alpha))
+    if isinstance(module, nn.GELU) and kind is nn.GELU:
+        return Activation("gelu_tanh" if module.approximate == "tanh" else "gelu")
+    if isinstance(module, nn.Softplus) and kind is nn.Softplus:
+        return Activation("softplus", float(module.beta), float(module.threshold))
+    return None
+
+
+def normalized(x: Deferred, norm: Any) -> Deferred:
+    """A norm of torch or of ours as a step, its running statistics kept as its own forward does."""
+    n, c, *size = x.raw.shape
+    groups = type(norm) in _GROUP
+    channels = norm.num_channels if groups else norm.num_features
+    if c != channels:
+        raise ValueError(
+            f"inp has {c} channels, but {type(norm).__name__} normalizes {channels} channels"
+        )
+    check_statistics(norm, n, size, "")
+    if groups:
+        return x.normalized(norm.weight, norm.bias, norm.eps, Pool("group", norm.num_groups))
+    batch = type(norm) in _BATCH
+    fixed = None
+    if not norm.training and norm.running_mean is not None:
+        fixed = Moments(norm.running_mean, norm.running_var)
+    pool = Pool("batch" if batch else "instance")
+    if batch and fixed is None and isinstance(norm, nn.SyncBatchNorm):
+        pool = pool._replace(process_group=_process_group(norm))
+    track = None
+    if norm.training and norm.running_mean is not None:
+        track = lambda moments, count: _track(norm, moments, count)  # noqa: E731
+    return x.normalized(norm.weight, norm.bias, norm.eps, pool, fixed, track)
+
+
+def dropped(x: Deferred, dropout: Any) -> Deferred:
+    """Channel dropout as a step; the same channels as its own forward would drop."""
+    if not dropout.training or dropout.p == 0:
+        return x
+    n, c, *size = x.raw.shape
+    ones = x.raw.new_ones(n, c, *[1] * len(size))
+    factor = torch.feature_dropout(ones, dropout.p, True).reshape(n, c)
+    return x.scaled(factor.to(torch.promote_types(factor.dtype, torch.float32)))
+
+
+def activated(x: Deferred, module: nn.Module) -> Deferred:
+    """An activation as a step."""
+    activation = activation_of(module)
+    assert activation is not None
+    return x.activated(activation, module.weight if isinstance(module, nn.PReLU) else None)
+
+
+def _track(norm: Any, moments: Moments, count: int) -> None:
+    """Update running statistics: those of a batch, or the average over instances."""
+    momentum, averaged = norm.momentum, type(norm) in _INSTANCE
+    if not averaged and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = 1.0 / norm.num_batches_tracked.to(norm.running_mean.dtype)
+    momentum = 0.0 if momentum is None else momentum
+    unbiased = moments.var * (count / max(count - 1, 1))
+    for running, new in ((norm.running_mean, moments.mean), (norm.running_var, unbiased)):
+        new = new.mean(0) if averaged else new[0]
+        running.copy_((1 - momentum) * running + momentum * new.to(running.dtype))
+
+
+def _process_group(norm: nn.SyncBatchNorm) -> Any:
+    """The group whose processes share the statistics; None if the process is alone."""
+    if not (norm.training and dist.is_available() and dist.is_initialized()):
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether nobody listens to this module: no hooks, no forward of its own."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or torch_module._has_any_global_hook()
+    )
+
+
+def _defers(kind: type) -> bool:
+    """Whether a class has `defer`, and no subclass of that one has another `forward`."""
+    for base in kind.__mro__:
+        if "defer" in base.__dict__:
+            return True
+        if "forward" in base.__dict__:
+            return False
+    return False
+
+
+_PLAIN: dict[type[nn.Module], str] = {
+    nn.Identity: "identity", nn.ReLU: "relu", nn.SiLU: "silu", nn.Mish: "mish", nn.Tanh: "tanh",
+    nn.Sigmoid: "sigmoid", nn.Hardswish: "hardswish", nn.PReLU: "prelu",
+}  # fmt: skip

@@ -1,0 +1,81 @@
+"""Each activation and its derivative, in plain PyTorch, by name. `tile` states them in Triton.
+
+`p` and `q` are the constants of the activation, `slope` is what PReLU learns:
+
+    leaky_relu  p = negative slope      elu       p = alpha
+    softplus    p = beta, q = threshold, above which it is the identity
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cassetta.kernels.types import Activation
+
+NAMES = (
+    "identity", "relu", "leaky_relu", "elu", "gelu", "gelu_tanh", "silu", "mish", "tanh",
+    "sigmoid", "softplus", "hardswish", "prelu",
+)  # fmt: skip
+
+KEEP_SIGN = ("relu", "leaky_relu")
+"""Those whose derivative at u can be told from act(u), for a slope that is not negative."""
+
+
+def apply(u: Tensor, activation: Activation, slope: Tensor | None = None) -> Tensor:
+    """act(u), for any shape; `slope` must broadcast."""
+    name, p, q = activation
+    if name == "identity":
+        return u
+    if name == "prelu":
+        assert slope is not None
+        return torch.where(u > 0, u, slope * u)
+    if name == "leaky_relu":
+        return F.leaky_relu(u, p)
+    if name == "elu":
+        return F.elu(u, p)
+    if name == "softplus":
+        return F.softplus(u, p, q)
+    if name == "gelu_tanh":
+        return F.gelu(u, approximate="tanh")
+    plain = {
+        "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "mish": F.mish, "tanh": torch.tanh,
+        "sigmoid": torch.sigmoid, "hardswish": F.hardswish,
+    }  # fmt: skip
+    return plain[name](u)
+
+
+def derivative(u: Tensor, activation: Activation, slope: Tensor | None = None) -> Tensor:
+    """act'(u), for any shape; where there is none (ReLU at 0), what torch takes."""
+    name, p, q = activation
+    one = torch.ones_like(u)
+    if name == "identity":
+        return one
+    if name == "relu":
+        return (u > 0).to(u.dtype)
+    if name == "prelu":
+        assert slope is not None
+        return torch.where(u > 0, one, slope * one)
+    if name == "leaky_relu":
+        return torch.where(u > 0, one, p * one)
+    if name == "elu":
+        return torch.where(u > 0, one, p * u.clamp(max=0).exp())
+    if name == "softplus":
+        return torch.where(u * p > q, one, torch.sigmoid(u * p))
+    if name == "hardswish":
+        return torch.where(u < -3, 0 * one, torch.where(u <= 3, u / 3 + 0.5, one))
+    if name == "tanh":
+        return 1 - torch.tanh(u).square()
+    sigmoid = torch.sigmoid(u)
+    if name == "sigmoid":
+        return sigmoid * (1 - sigmoid)
+    if name == "silu":
+        return sigmoid * (1 + u * (1 - sigmoid))
+    if name == "mish":
+        t = torch.tanh(F.softplus(u))
+        return t + u * sigmoid * (1 - t.square())
+    if name == "gelu":
+        density = torch.exp(-0.5 * u.square()) * 0.3989422804014327
+        return 0.5 * (1 + torch.erf(u * 0.7071067811865476)) + u * density
+    k, cube = 0.7978845608028654, 0.044715  # gelu_tanh
+    t = torch.tanh(k * (u + cube * u**3))
+    return 0.5 * (1 + t) + 0.5 * u * (1 - t.square()) * k * (1 + 3 * cube * u.square())

@@ -1,0 +1,166 @@
+"""Compile kernels ahead of time, for any GPU and without one, and read what became of them.
+
+`recorded()` turns every launch into a compilation: launchers run on tensors of the device "meta",
+so what is compiled is, argument for argument, what a real call would run.
+"""
+
+import functools
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from cassetta.kernels import activations, configs, pointwise, reductions, tile
+from cassetta.kernels.types import Activation, Fold, Prologue
+
+SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
+"""Bytes of shared memory that one program may use, by compute capability."""
+
+_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+_MMA = {"wgmma": r"wgmma\.mma_async", "mma": r"\bmma\.sync", "tcgen05": r"tcgen05\.mma"}
+
+
+class Report(NamedTuple):
+    """What a kernel became on one architecture."""
+
+    kernel: str
+    case: str
+    arch: int
+    registers: int
+    spilled: int  # bytes of stack
+    shared: int  # bytes
+    tensor_cores: str  # the instructions, "" for none
+
+    @property
+    def excess(self) -> str | None:
+        """What is wrong with it, in words; None if nothing is."""
+        if self.spilled:
+            return f"{self.spilled} bytes of registers spill"
+        most = SHARED[self.arch]
+        return f"{self.shared} bytes of shared memory, of {most}" if self.shared > most else None
+
+
+@contextmanager
+def recorded(arch: int, case: str, reports: list[Report]) -> Iterator[None]:
+    """Compile for `arch` (80, 90, 100) what is launched in this block, instead of running it."""
+
+    def compile_instead(kernel: Any, x: Tensor, config: Any, *args: Any, **constants: Any) -> None:
+        constants |= {"BLOCK_V": config.block_v, "BLOCK_C": config.block_c}
+        found = _compiled(kernel, _signature(kernel, args, constants), config.warps, arch)
+        reports.append(Report(kernel.fn.__name__.strip("_"), case, arch, *found))
+
+    launch, tile.launch = tile.launch, compile_instead
+    try:
+        yield
+    finally:
+        tile.launch = launch
+
+
+def check(arch: int) -> Iterator[Report]:
+    """Compile every pass in pairs of dtype, activation, layout and what may be absent."""
+    for n, (dtype, activation, layout) in enumerate(_pairs()):
+        reports: list[Report] = []
+        case = f"{str(dtype).removeprefix('torch.')} {activation} {layout}"
+        with recorded(arch, case, reports):
+            _run_passes(_image(dtype, layout), activation, full=n % 2 == 0, after=n % 4 < 2)
+        yield from reports
+
+
+def _pairs() -> list[tuple[torch.dtype, str, str]]:
+    """Each activation with each dtype, and each layout with each dtype and with each activation."""
+    dtypes, layouts = configs.dtypes(), tuple(_SHAPES)
+    return [
+        (dtype, name, layouts[(i + j) % len(layouts)])
+        for i, name in enumerate(activations.NAMES)
+        for j, dtype in enumerate(dtypes)
+    ]
+
+
+_SHAPES = {
+    "1-D": (2, 8, 4096),
+    "2-D channels-last": (2, 64, 64, 64),
+    "3-D": (1, 21, 32, 32, 32),
+    "3-D channels-last, 21 channels": (1, 21, 32, 32, 32),
+    "3-D channels-last, 128 channels": (1, 128, 16, 16, 16),
+    "more than 2**31": (1, 128, 256, 256, 257),
+    "a single voxel": (3, 5, 1, 1),
+}
+
+
+def _image(dtype: torch.dtype, layout: str) -> Tensor:
+    x = torch.empty(_SHAPES[layout], dtype=dtype, device="meta")
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if "channels-last" in layout else x
+
+
+def _run_passes(x: Tensor, name: str, full: bool, after: bool) -> None:
+    n, c = x.shape[:2]
+    one = torch.empty(n, c, dtype=torch.float32, device="meta")
+    tables = (one, one) if full else (None, None)
+    slope = one if name == "prelu" else None
+    p = Prologue(*tables, Activation(name, 1.0, 20.0), slope, *tables)
+    fold = Fold(one, one, one) if full else None
+    reductions.moments(x, p)
+    pointwise.materialize(x, p, x if full else None, x.dtype)
+    reductions.prologue_sums(x, x, p, one, fold, after)
+    pointwise.prologue_dgrad(x, x, p, fold, after)
+
+
+def _signature(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> Any:
+    """Types, constants and alignments as the just-in-time compiler would see them."""
+    types: dict[str, str] = {}
+    fixed: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    values = dict(zip(kernel.arg_names, args, strict=False)) | constants
+    for i, name in enumerate(kernel.arg_names):
+        value = values[name]
+        if isinstance(value, Tensor):
+            types[name] = _TYPES[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif name in constants or value is None or (type(value) is int and value == 1):
+            types[name] = "constexpr"
+            fixed[(i,)] = value
+        elif isinstance(value, int):
+            types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            types[name] = "fp32"
+    return ASTSource(fn=kernel, signature=types, constexprs=fixed, attrs=attributes)
+
+
+def _compiled(kernel: Any, source: Any, warps: int, arch: int) -> tuple[int, int, int, str]:
+    target = GPUTarget("cuda", arch, 32)
+    built: Any = triton.compile(source, target=target, options={"num_warps": warps})
+    usage = _usage(built.asm["cubin"])
+    found = " ".join(name for name, word in _MMA.items() if re.search(word, built.asm["ptx"]))
+    return usage["REG"], usage["STACK"] + usage["LOCAL"], built.metadata.shared, found
+
+
+def _usage(cubin: bytes) -> dict[str, int]:
+    """Registers and memory of a compiled kernel, as NVIDIA's cuobjdump tells them."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        done = subprocess.run(
+            [_cuobjdump(), "-res-usage", str(file)], capture_output=True, text=True, check=True
+        )
+    return {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout)}
+
+
+@functools.cache
+def _cuobjdump() -> str:
+    shipped = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    found = str(shipped) if shipped.exists() else shutil.which("cuobjdump")
+    if not found:
+        raise FileNotFoundError("cuobjdump is neither in triton nor on the PATH: install CUDA's")
+    return found

@@ -1,0 +1,98 @@
+"""The passes as registered operators of torch, so that compilers and exporters see one call each.
+
+Each has a fake implementation (shapes without data) and a formula for `FlopCounterMode`, which
+counts multiplications of matrices only: none here. They hold no gradient of their own; the
+`torch.autograd.Function`s of `cassetta.functional` call them, forward and backward.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library, register_fake
+
+from cassetta.kernels import dispatch
+from cassetta.kernels.types import Fold, Moments, Prologue, flat, unflat
+
+_PROLOGUE = (
+    "Tensor? s1, Tensor? t1, str act, float p, float q, Tensor? slope, Tensor? s2, Tensor? t2"
+)
+_SCHEMAS = {
+    "moments": f"(Tensor x, {_PROLOGUE}) -> (Tensor, Tensor)",
+    "materialize": f"(Tensor x, {_PROLOGUE}, Tensor? residual, ScalarType dtype) -> Tensor",
+    "prologue_sums": f"(Tensor g, Tensor x, {_PROLOGUE}, Tensor around, Tensor? a, Tensor? k,"
+    " Tensor? centre, bool after) -> (Tensor, Tensor, Tensor)",
+    "prologue_dgrad": f"(Tensor g, Tensor x, {_PROLOGUE}, Tensor? a, Tensor? k, Tensor? centre,"
+    " bool after) -> Tensor",
+}
+
+
+def moments(x: Tensor, p: Prologue) -> Moments:
+    """`reference.moments`, by whoever runs it."""
+    return Moments(*torch.ops.cassetta.moments(x, *flat(p)))
+
+
+def materialize(x: Tensor, p: Prologue, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`reference.materialize`, by whoever runs it."""
+    return torch.ops.cassetta.materialize(x, *flat(p), residual, dtype)
+
+
+def prologue_sums(
+    g: Tensor, x: Tensor, p: Prologue, centre: Tensor, fold: Fold | None, after: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.prologue_sums`, by whoever runs it."""
+    folds = (None,) * 3 if fold is None else fold
+    return torch.ops.cassetta.prologue_sums(g, x, *flat(p), centre, *folds, after)
+
+
+def prologue_dgrad(g: Tensor, x: Tensor, p: Prologue, fold: Fold | None, after: bool) -> Tensor:
+    """`reference.prologue_dgrad`, by whoever runs it."""
+    return torch.ops.cassetta.prologue_dgrad(
+        g, x, *flat(p), *((None,) * 3 if fold is None else fold), after
+    )
+
+
+def _moments(x: Tensor, *prologue: Any) -> tuple[Tensor, Tensor]:
+    mean, var = dispatch.passes(x).moments(x, unflat(prologue))
+    return mean, var
+
+
+def _materialize(x: Tensor, *rest: Any) -> Tensor:
+    *prologue, residual, dtype = rest
+    return dispatch.passes(x).materialize(x, unflat(prologue), residual, dtype)
+
+
+def _prologue_sums(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *prologue, around, a, k, centre, after = rest
+    fold = None if a is None else Fold(a, k, centre)
+    return dispatch.passes(x).prologue_sums(g, x, unflat(prologue), around, fold, after)
+
+
+def _prologue_dgrad(g: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    *prologue, a, k, centre, after = rest
+    fold = None if a is None else Fold(a, k, centre)
+    return dispatch.passes(x).prologue_dgrad(g, x, unflat(prologue), fold, after)
+
+
+def _table(x: Tensor) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape[:2], dtype=dtype)
+
+
+def _fake_materialize(x: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(x, dtype=rest[-1])
+
+
+_IMPLEMENTATIONS = {
+    "moments": (_moments, lambda x, *rest: (_table(x), _table(x))),
+    "materialize": (_materialize, _fake_materialize),
+    "prologue_sums": (_prologue_sums, lambda g, x, *rest: (_table(x), _table(x), _table(x))),
+    "prologue_dgrad": (_prologue_dgrad, lambda g, x, *rest: torch.empty_like(x)),
+}
+
+_library = Library("cassetta", "FRAGMENT")
+for _name, _schema in _SCHEMAS.items():
+    _run, _fake = _IMPLEMENTATIONS[_name]
+    _library.define(_name + _schema)
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    register_fake(f"cassetta::{_name}", _fake, lib=_library)

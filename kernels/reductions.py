@@ -1,0 +1,169 @@
+"""Sums and statistics over the voxels of each channel of each sample, in two ordered stages.
+
+Each program of the first stage visits one chunk of voxels and leaves one partial result; the second
+stage combines the chunks in their order. No atomics: the same input gives the same bits.
+
+Statistics are running means and squared deviations, one per lane, merged by the formula of Chan et
+al. (1979); never E[x^2] - E[x]^2, which cancels.
+
+The loops are `while`, because triton 3.6's interpreter cannot give `range` a bound under numpy 2.4.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cassetta.kernels import configs, tile
+from cassetta.kernels.types import Fold, Moments, Prologue
+
+
+@triton.jit
+def _moments_kernel(
+    x_ptr, mean_ptr, m2_ptr, s1_ptr, t1_ptr, slope_ptr, p, q, C, V, x_n, x_c, x_v,
+    chunks, c_blocks, loops,
+    ACT: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    chunk, n, c = tile.place(chunks, c_blocks, BLOCK_C)
+    s1, t1 = tile.row(s1_ptr, n, c, C, 1.0), tile.row(t1_ptr, n, c, C, 0.0)
+    slope = tile.row(slope_ptr, n, c, C, 0.0)
+    mean = tl.zeros((BLOCK_V, BLOCK_C), tl.float32)
+    m2 = tl.zeros((BLOCK_V, BLOCK_C), tl.float32)
+    count = tl.zeros((BLOCK_V, 1), tl.float32)
+    i = 0
+    while i < loops:  # a lane that is outside stays outside: its count is i + 1 until then
+        v = (chunk * loops + i) * BLOCK_V + tl.arange(0, BLOCK_V)
+        inside = (v < V)[:, None] & (c < C)[None, :]
+        at = x_ptr + n.to(tl.int64) * x_n + tile.offsets(v, c, x_c, x_v, WIDE)
+        u = s1 * tl.load(at, mask=inside, other=0.0).to(tl.float32) + t1
+        value = tile.activation(u, p, q, slope, ACT)
+        delta = tl.where(inside, value - mean, 0.0)
+        mean += delta * (1.0 / (i + 1.0))
+        m2 += delta * (value - mean)
+        count += (v < V)[:, None].to(tl.float32)
+        i += 1
+    total = tl.maximum(tl.sum(count, 0), 1.0)
+    whole = tl.sum(mean * count, 0) / total
+    apart = mean - whole[None, :]
+    spread = tl.sum(m2 + count * apart * apart, 0)
+    out = (n * chunks + chunk) * C + c
+    tl.store(mean_ptr + out, whole, mask=c < C)
+    tl.store(m2_ptr + out, spread, mask=c < C)
+
+
+@triton.jit
+def _combine_kernel(
+    mean_ptr, m2_ptr, out_mean_ptr, out_var_ptr, C, V, per_chunk, chunks, c_blocks,
+    BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    _, n, c = tile.place(1, c_blocks, BLOCK_C)
+    mean = tl.zeros((BLOCK_C,), tl.float32)
+    m2 = tl.zeros((BLOCK_C,), tl.float32)
+    count = 0.0
+    start = 0
+    while start < chunks:
+        k = start + tl.arange(0, BLOCK_V)
+        inside = (k < chunks)[:, None] & (c < C)[None, :]
+        at = (n * chunks + k)[:, None] * C + c[None, :]
+        means = tl.load(mean_ptr + at, mask=inside, other=0.0)
+        m2s = tl.load(m2_ptr + at, mask=inside, other=0.0)
+        first = k.to(tl.int64) * per_chunk
+        counts = tl.minimum(tl.maximum(V - first, 0), per_chunk).to(tl.float32)[:, None]
+        here = tl.sum(counts)
+        middle = tl.sum(means * counts, 0) / here
+        apart = means - middle[None, :]
+        spread = tl.sum(m2s + tl.where(inside, counts * apart * apart, 0.0), 0)
+        delta = middle - mean
+        both = count + here
+        mean += delta * (here / both)
+        m2 += spread + delta * delta * (count * here / both)
+        count = both
+        start += BLOCK_V
+    tl.store(out_mean_ptr + n * C + c, mean, mask=c < C)
+    tl.store(out_var_ptr + n * C + c, m2 / count, mask=c < C)
+
+
+def moments(x: Tensor, p: Prologue) -> Moments:
+    x, x_strides = tile.strided(x)
+    n, c = x.shape[:2]
+    config = configs.of(x, x_strides, reduce=True)
+    options = {"dtype": torch.float32, "device": x.device}
+    means, m2s = (torch.empty(n, config.chunks, c, **options) for _ in range(2))
+    mean, var = (torch.empty(n, c, **options) for _ in range(2))
+    tile.launch(
+        _moments_kernel, x, config,
+        x, means, m2s, p.s1, p.t1, p.slope, p.activation.p, p.activation.q, c, tile.voxels(x),
+        *x_strides, config.chunks, config.c_blocks, config.loops,
+        ACT=p.activation.name, WIDE=tile.is_wide(x),
+    )  # fmt: skip
+    second = configs.over_chunks(c)
+    tile.launch(
+        _combine_kernel, x, second,
+        means, m2s, mean, var, c, tile.voxels(x), config.loops * config.block_v, config.chunks,
+        second.c_blocks,
+    )  # fmt: skip
+    return Moments(mean, var)
+
+
+@triton.jit
+def _prologue_sums_kernel(
+    g_ptr, x_ptr, out_ptr, s1_ptr, t1_ptr, slope_ptr, s2_ptr, centre_ptr,
+    a_ptr, k_ptr, fold_ptr, p, q, C, V, g_n, g_c, g_v, x_n, x_c, x_v, size, chunks, c_blocks, loops,
+    ACT: tl.constexpr, AFTER: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    chunk, n, c = tile.place(chunks, c_blocks, BLOCK_C)
+    s1, t1 = tile.row(s1_ptr, n, c, C, 1.0), tile.row(t1_ptr, n, c, C, 0.0)
+    s2, slope = tile.row(s2_ptr, n, c, C, 1.0), tile.row(slope_ptr, n, c, C, 0.0)
+    centre = tile.row(centre_ptr, n, c, C, 0.0)
+    sum_h = tl.zeros((BLOCK_V, BLOCK_C), tl.float32)
+    sum_hb = tl.zeros((BLOCK_V, BLOCK_C), tl.float32)
+    sum_slope = tl.zeros((BLOCK_V, BLOCK_C), tl.float32)
+    i = 0
+    while i < loops:
+        v = (chunk * loops + i) * BLOCK_V + tl.arange(0, BLOCK_V)
+        inside = (v < V)[:, None] & (c < C)[None, :]
+        x_at = x_ptr + n.to(tl.int64) * x_n + tile.offsets(v, c, x_c, x_v, WIDE)
+        g_at = g_ptr + n.to(tl.int64) * g_n + tile.offsets(v, c, g_c, g_v, WIDE)
+        x = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(g_at, mask=inside, other=0.0).to(tl.float32)
+        u = s1 * x + t1
+        if AFTER:
+            h = g
+            b = tile.activation(u, p, q, slope, ACT)
+        else:
+            h = g * s2 * tile.derivative(u, p, q, slope, ACT)
+            b = x
+        sum_h += h  # outside, g and so h are zero
+        sum_hb += h * (b - centre)
+        if ACT == "prelu":
+            e = g * s2
+            if a_ptr is not None:
+                apart = b - tile.row(fold_ptr, n, c, C, 0.0)
+                e += tile.row(a_ptr, n, c, C, 0.0) + tile.row(k_ptr, n, c, C, 0.0) * apart
+            sum_slope += tl.where(inside, e * tl.minimum(u, 0.0), 0.0)
+        i += 1
+    out = (n * chunks + chunk) * C + c
+    tl.store(out_ptr + out, tl.sum(sum_h, 0), mask=c < C)
+    tl.store(out_ptr + size + out, tl.sum(sum_hb, 0), mask=c < C)
+    tl.store(out_ptr + 2 * size + out, tl.sum(sum_slope, 0), mask=c < C)
+
+
+def prologue_sums(
+    g: Tensor, x: Tensor, p: Prologue, centre: Tensor, fold: Fold | None, after: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    g, g_strides = tile.strided(g)
+    x, x_strides = tile.strided(x)
+    n, c = x.shape[:2]
+    config = configs.of(x, x_strides, reduce=True)
+    out = torch.empty(3, n, config.chunks, c, dtype=torch.float32, device=x.device)
+    tile.launch(
+        _prologue_sums_kernel, x, config,
+        g, x, out, p.s1, p.t1, p.slope, p.s2, centre,
+        *(fold if fold is not None and after else (None,) * 3), p.activation.p, p.activation.q,
+        c, tile.voxels(x), *g_strides, *x_strides, out[0].numel(), config.chunks,
+        config.c_blocks, config.loops,
+        ACT=p.activation.name, AFTER=after, WIDE=tile.is_wide(g, x),
+    )  # fmt: skip
+    sum_h, sum_hb, sum_slope = out.sum(2)
+    return sum_h, sum_hb, sum_slope

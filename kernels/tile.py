@@ -1,0 +1,172 @@
+"""What the Triton passes share: where a program works, the pending transform, the activations.
+
+A program works on a tile (BLOCK_V, BLOCK_C) of voxels by channels of one sample. An image is three
+strides: of samples, channels and voxels; so one kernel serves channels-first (the voxel stride is
+1), channels-last (the channel stride is 1), and any mixture among its operands.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cassetta.kernels.configs import Config
+
+
+@triton.jit
+def place(chunks, c_blocks, BLOCK_C: tl.constexpr):
+    """Chunk of voxels, sample, and channels (BLOCK_C,) of this program."""
+    program = tl.program_id(0)
+    chunk = program % chunks
+    rest = program // chunks
+    return chunk, rest // c_blocks, (rest % c_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+
+
+@triton.jit
+def offsets(v, c, stride_c, stride_v, WIDE: tl.constexpr):
+    """Offsets (BLOCK_V, BLOCK_C) inside a sample, in 64 bits where a sample needs them."""
+    if WIDE:
+        v = v.to(tl.int64)
+        c = c.to(tl.int64)
+    return v[:, None] * stride_v + c[None, :] * stride_c
+
+
+@triton.jit
+def row(ptr, n, c, C, DEFAULT: tl.constexpr):
+    """The entries (1, BLOCK_C) of a table (N, C); DEFAULT where there is no table."""
+    if ptr is None:
+        values = tl.full((1, c.shape[0]), DEFAULT, tl.float32)
+    else:
+        values = tl.load(ptr + n * C + c, mask=c < C, other=DEFAULT)[None, :]
+    return values
+
+
+@triton.jit
+def tanh(u):
+    return 2 * tl.sigmoid(2 * u) - 1
+
+
+@triton.jit
+def activation(u, p, q, slope, ACT: tl.constexpr):
+    """act(u); see `activations` for the constants."""
+    if ACT == "relu":
+        u = tl.maximum(u, 0.0)
+    elif ACT == "leaky_relu":
+        u = tl.where(u > 0, u, p * u)
+    elif ACT == "prelu":
+        u = tl.where(u > 0, u, slope * u)
+    elif ACT == "elu":
+        u = tl.where(u > 0, u, p * (tl.exp(tl.minimum(u, 0.0)) - 1))
+    elif ACT == "gelu":
+        u = 0.5 * u * (1 + tl.erf(u * 0.7071067811865476))
+    elif ACT == "gelu_tanh":
+        u = 0.5 * u * (1 + tanh(0.7978845608028654 * (u + 0.044715 * u * u * u)))
+    elif ACT == "silu":
+        u = u * tl.sigmoid(u)
+    elif ACT == "mish":
+        e = tl.exp(tl.minimum(u, 20.0))  # tanh(log(1 + e)) = e (e + 2) / (e (e + 2) + 2)
+        u = u * (e * (e + 2) / (e * (e + 2) + 2))
+    elif ACT == "tanh":
+        u = tanh(u)
+    elif ACT == "sigmoid":
+        u = tl.sigmoid(u)
+    elif ACT == "softplus":
+        u = tl.where(u * p > q, u, tl.log(1 + tl.exp(tl.minimum(u * p, q))) / p)
+    elif ACT == "hardswish":
+        u = u * tl.minimum(tl.maximum(u + 3, 0.0), 6.0) / 6
+    return u
+
+
+@triton.jit
+def derivative(u, p, q, slope, ACT: tl.constexpr):
+    """act'(u)."""
+    d = tl.full(u.shape, 1.0, tl.float32)
+    if ACT == "relu":
+        d = tl.where(u > 0, 1.0, 0.0)
+    elif ACT == "leaky_relu":
+        d = tl.where(u > 0, 1.0, p)
+    elif ACT == "prelu":
+        d = tl.where(u > 0, 1.0, slope)
+    elif ACT == "elu":
+        d = tl.where(u > 0, 1.0, p * tl.exp(tl.minimum(u, 0.0)))
+    elif ACT == "gelu":
+        density = tl.exp(-0.5 * u * u) * 0.3989422804014327
+        d = 0.5 * (1 + tl.erf(u * 0.7071067811865476)) + u * density
+    elif ACT == "gelu_tanh":
+        t = tanh(0.7978845608028654 * (u + 0.044715 * u * u * u))
+        slope_t = (1 - t * t) * 0.7978845608028654 * (1 + 0.134145 * u * u)
+        d = 0.5 * (1 + t) + 0.5 * u * slope_t
+    elif ACT == "silu":
+        s = tl.sigmoid(u)
+        d = s * (1 + u * (1 - s))
+    elif ACT == "mish":
+        e = tl.exp(tl.minimum(u, 20.0))
+        t = e * (e + 2) / (e * (e + 2) + 2)
+        d = t + u * tl.sigmoid(u) * (1 - t * t)
+    elif ACT == "tanh":
+        t = tanh(u)
+        d = 1 - t * t
+    elif ACT == "sigmoid":
+        s = tl.sigmoid(u)
+        d = s * (1 - s)
+    elif ACT == "softplus":
+        d = tl.where(u * p > q, 1.0, tl.sigmoid(u * p))
+    elif ACT == "hardswish":
+        d = tl.where(u < -3, 0.0, tl.where(u <= 3, u / 3 + 0.5, 1.0))
+    return d
+
+
+def strides(x: Tensor) -> tuple[int, int, int] | None:
+    """Strides of samples, channels and voxels; None if the voxels have no common stride."""
+    step, reach = 0, 0
+    for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
+        if size > 1:
+            if step and stride != reach:
+                return None
+            step = step or stride
+            reach = stride * size
+    return x.stride(0), x.stride(1), step or 1
+
+
+def strided(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """The tensor and its three strides; copied if the voxels have no common stride."""
+    steps = strides(x)
+    if steps is None:
+        x = x.contiguous()
+        steps = strides(x)
+        assert steps is not None
+    return x, steps
+
+
+def voxels(x: Tensor) -> int:
+    """How many there are in one channel of one sample."""
+    return math.prod(x.shape[2:])
+
+
+def is_wide(*images: Tensor) -> bool:
+    """Whether offsets inside a sample of any of these may exceed 31 bits."""
+    return any(_reach(x) >= 2**31 for x in images)
+
+
+def _reach(x: Tensor) -> int:
+    last = (s * (n - 1) for s, n in zip(x.stride()[1:], x.shape[1:], strict=True))
+    return sum(last) + 2**16  # a tile may begin inside and end outside
+
+
+def like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """An uninitialized image of the shape and, if it is dense, the layout of x."""
+    return torch.empty_like(x, dtype=dtype)
+
+
+def launch(kernel: Any, x: Tensor, config: Config, *args: Any, **constants: Any) -> None:
+    """Start the kernel on the device of x, which need not be the current one."""
+    programs = x.shape[0] * config.c_blocks * config.chunks
+    if programs:
+        with torch.cuda.device_of(x):
+            kernel[(programs,)](
+                *args, **constants, BLOCK_V=config.block_v, BLOCK_C=config.block_c,
+                num_warps=config.warps,
+            )  # fmt: skip

@@ -1,0 +1,365 @@
+"""Blocks and networks on pending transforms: equal to plain modules, lighter, and explained."""
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import cassetta
+from cassetta.backbones import ATrousNet, ConvEncoder, MeshNet, UNet
+from cassetta.functional import Deferred, defer, materialize
+from cassetta.functional.norm import Pool
+from cassetta.kernels import dispatch
+from cassetta.kernels.types import Activation
+from cassetta.layers import ChannelDropout, ConvBlock, ConvGroup
+from cassetta.models import SegNet
+
+from compare import assert_near
+
+ORDERS = ["".join(p) for p in itertools.permutations("ncdax")]
+NORMS = ["batch", "instance", "layer", 2, None]
+
+
+def step(net, inp, fused, seed=1):
+    """Output, gradients and buffers of one step, from the same random state."""
+    torch.manual_seed(seed)
+    net.zero_grad()
+    for module in net.modules():
+        if hasattr(module, "reset_running_stats"):
+            module.reset_running_stats()
+    inp = inp.clone().requires_grad_()
+    with dispatch.fused_on_reference() if fused else contextlib.nullcontext():
+        out = net(inp)
+        torch.manual_seed(2)
+        out.backward(torch.randn_like(out))
+    found = {"out": out.detach(), "inp": inp.grad}
+    found |= {name: p.grad for name, p in net.named_parameters()}
+    return found | {name: b.clone() for name, b in net.named_buffers()}
+
+
+def assert_same(net, inp, tolerance=1e-10):
+    """Fused equals plain, gradients on the scale of at least 1e-3 of the largest."""
+    with torch.no_grad():
+        for parameter in net.parameters():  # norms that do something
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    plain, fused = step(net, inp, fused=False), step(net, inp, fused=True)
+    largest = max(g.abs().max().item() for g in plain.values() if g.numel())
+    for name, expected in plain.items():
+        scale = max(expected.abs().max().item(), 1e-3 * largest) if expected.numel() else 1.0
+        torch.testing.assert_close(
+            fused[name],
+            expected,
+            rtol=0,
+            atol=tolerance * scale,
+            msg=lambda m: f"{name}: {m}",  # noqa: B023
+        )
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("norm", NORMS, ids=str)
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_order(order, norm, train):
+    """Two blocks, so that what one leaves pending meets what the next one begins with."""
+    attention = "sqzex" if norm == "batch" else None
+    net = ConvGroup(
+        2, 6, nb_conv=2, norm=norm, activation="ELU", dropout=0.2, order=order, attention=attention
+    ).double().train(train)  # fmt: skip
+    assert_same(net, torch.randn(3, 6, 5, 4).double())
+
+
+@pytest.mark.parametrize("order", ["c", "ca", "nc", "cn", "dnc", "acd", "", "can", "cna"])
+@pytest.mark.parametrize("activation", ["ReLU", "PReLU", "GELU", "Softplus", "Mish"])
+def test_letters_left_out_and_activations(order, activation):
+    net = ConvGroup(2, 6, nb_conv=3, norm="instance", activation=activation, order=order).double()
+    assert_same(net, torch.randn(2, 6, 5, 4).double())
+
+
+NETS = {
+    "unet": lambda: (UNet(2, 4, nb_levels=3, norm="instance"), (2, 4, 13, 11)),
+    "unet, summed": lambda: (
+        UNet(2, 4, nb_levels=3, norm=2, skip="+", residual=True), (2, 4, 9, 8),
+    ),
+    "unet, no norm": lambda: (UNet(2, 4, nb_levels=2), (2, 4, 9, 8)),
+    "meshnet": lambda: (MeshNet(3, 5, nb_layers=3, residual=True, dropout=0.2), (2, 5, 6, 7, 5)),
+    "meshnet, PReLU": lambda: (MeshNet(1, 5, nb_layers=3, activation="PReLU"), (2, 5, 30)),
+    "atrous": lambda: (ATrousNet(2, 4, nb_levels=3, residual=True), (2, 4, 9, 9)),
+    "encoder": lambda: (ConvEncoder(2, [4, 8], norm="batch", pool_mode="conv"), (2, 4, 9, 9)),
+    "segnet": lambda: (SegNet.preset("model5_gw_ae", 2), (2, 1, 11, 9)),
+    "recurrent": lambda: (
+        ConvGroup(2, 4, nb_conv=3, recurrent=True, norm="batch", skip=2, residual=True),
+        (2, 6, 7, 7),
+    ),
+    "even kernel": lambda: (
+        ConvGroup(2, 4, nb_conv=2, norm="batch", kernel_size=2, dilation=3), (2, 4, 7, 7),
+    ),
+    "mindgrab": lambda: (MeshNet.preset("mindgrab", 1, nb_layers=4), (2, 15, 40)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_networks(name):
+    net, shape = NETS[name]()
+    assert_same(net.double(), torch.randn(shape).double())
+
+
+@pytest.mark.parametrize("momentum", [0.3, None])
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.InstanceNorm2d])
+def test_norms_of_torch_and_their_running_statistics(kind, momentum):
+    if kind is nn.InstanceNorm2d and momentum is None:
+        pytest.skip("torch's instance norm has no cumulative average")
+    norm = kind(4, momentum=momentum, affine=False, track_running_stats=True)
+    net = ConvGroup(2, 4, nb_conv=3, norm=norm, recurrent=True).double()
+    assert_same(net, torch.randn(3, 4, 5, 5).double())
+    assert_same(net.eval(), torch.randn(3, 4, 5, 5).double())
+
+
+@pytest.mark.parametrize("frozen", ["weights", "norms", "input"])
+def test_what_needs_no_gradient_gets_none(frozen):
+    net = ConvGroup(2, 4, nb_conv=2, norm="batch", activation="PReLU").double()
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(("conv" in name) != (frozen == "weights") or frozen == "input")
+    inp = torch.randn(2, 4, 5, 5).double()
+    if frozen != "input":
+        inp.requires_grad_()
+    net(inp).square().sum().backward()
+    expected = [None if p.grad is None else p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    with dispatch.fused_on_reference():
+        net(inp.detach().requires_grad_(inp.requires_grad)).square().sum().backward()
+    for parameter, grad in zip(net.parameters(), expected, strict=True):
+        assert (parameter.grad is None) == (grad is None)
+        if grad is not None:
+            assert_near(parameter.grad, grad, 1e-9)
+
+
+def test_every_word_of_steps_equals_doing_it_at_once():
+    """The algebra: any chain of norm, dropout and activation, in any order, twice over."""
+    gamma, beta = torch.randn(2, 4, dtype=torch.float64)
+    factor = (torch.rand(3, 4, dtype=torch.float64) > 0.2).double() / 0.8
+    steps = {
+        "n": lambda x: x.normalized(gamma, beta, 1e-5, Pool("group", 2)),
+        "d": lambda x: x.scaled(factor),
+        "a": lambda x: x.activated(Activation("silu")),
+        "r": lambda x: x.activated(Activation("relu")),
+    }
+    plain = {
+        "n": lambda x: torch.nn.functional.group_norm(x, 2, gamma, beta),
+        "d": lambda x: x * factor[..., None],
+        "a": torch.nn.functional.silu,
+        "r": torch.relu,
+    }
+    raw = torch.randn(3, 4, 7, dtype=torch.float64)
+    for length in range(5):
+        for word in itertools.product(steps, repeat=length):
+            x, z = Deferred(raw), raw
+            for letter in word:
+                x, z = steps[letter](x), plain[letter](z)
+            assert_near(materialize(x), z)
+
+
+def test_what_is_pending_is_applied_once():
+    x = Deferred(torch.randn(1, 2, 5)).activated(Activation("silu"))
+    assert materialize(x) is materialize(x)
+    tensor = torch.randn(1, 2, 5)
+    assert materialize(defer(tensor)) is tensor
+    assert materialize(tensor) is tensor
+
+
+def kept_bytes(net, inp, fused, **autocast):
+    """Bytes of the distinct storages that backward needs, beyond the parameters."""
+    held = {p.untyped_storage()._cdata for p in net.parameters()}
+    seen = {}
+
+    def save(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in held:
+            seen[storage._cdata] = storage
+        return tensor
+
+    context = dispatch.fused_on_reference() if fused else contextlib.nullcontext()
+    rounded = torch.autocast("cpu", **autocast) if autocast else contextlib.nullcontext()
+    saving = torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor)
+    with context, rounded, saving:
+        net(inp)
+    return sum(storage.nbytes() for storage in seen.values())
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance", 4])
+@pytest.mark.parametrize(("order", "share"), [("cndax", 0.54), ("caxnd", 0.585)])
+def test_the_input_and_one_tensor_per_convolution_are_kept(order, share, norm):
+    net = ConvGroup(3, 8, nb_conv=6, norm=norm, order=order)
+    inp = torch.randn(1, 8, 24, 24, 24)
+    eager, ours = kept_bytes(net, inp, fused=False), kept_bytes(net, inp, fused=True)
+    assert ours <= 1.03 * 7 * inp.nbytes
+    assert ours <= share * eager
+
+
+@pytest.mark.parametrize("activation", ["ReLU", "LeakyReLU", "GELU"])
+def test_without_a_norm_no_more_is_kept_than_by_eager(activation):
+    net = ConvGroup(3, 8, nb_conv=6, activation=activation)
+    inp = torch.randn(1, 8, 24, 24, 24)
+    assert kept_bytes(net, inp, fused=True) <= kept_bytes(net, inp, fused=False)
+
+
+def test_under_autocast_all_that_is_kept_is_in_its_dtype():
+    net = ConvGroup(3, 8, nb_conv=6, norm="instance", order="cndax")
+    inp = torch.randn(1, 8, 24, 24, 24)
+    weights = sum(block.conv.weight.numel() * 2 for block in net)  # rounded once, and kept
+    ours = kept_bytes(net, inp, fused=True, dtype=torch.bfloat16)
+    assert ours <= 1.03 * 7 * inp.nbytes / 2 + weights
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["unet", "meshnet", "atrous"])
+def test_autocast(name, dtype):
+    """As near to float32 as plain PyTorch under the same autocast is, within a factor of two."""
+    net, shape = NETS[name]()
+    net.eval()
+    inp = torch.randn(shape)
+    truth = net.double()(inp.double())
+    net.float()
+    with torch.autocast("cpu", dtype):
+        same = net(inp)
+        with dispatch.fused_on_reference():
+            ours = net(inp)
+    assert ours.dtype == same.dtype
+    off = (ours.double() - truth).abs().max()
+    allowed = 2 * (same.double() - truth).abs().max() + torch.finfo(dtype).eps * truth.abs().max()
+    assert off <= allowed
+
+
+def test_hooks_meet_tensors_and_removing_them_restores_the_fusion():
+    net = ConvGroup(2, 4, nb_conv=3, norm="batch").double()
+    inp = torch.randn(2, 4, 5, 5).double()
+    seen = []
+    hooks = [m.register_forward_hook(lambda m, i, o: seen.append((i[0], o))) for m in net.modules()]
+    with dispatch.fused_on_reference():
+        out = net(inp)
+        assert all(type(t) is torch.Tensor for pair in seen for t in pair)
+        assert len(seen) == len(list(net.modules()))
+        for hook in hooks:
+            hook.remove()
+        seen.clear()
+        assert_near(net(inp), out)
+    assert not seen
+
+
+def test_other_modules_and_subclasses_meet_tensors():
+    class Mine(ConvBlock):
+        def forward(self, inp):
+            assert type(inp) is torch.Tensor
+            return super().forward(inp)
+
+    net = ConvGroup(2, 4, nb_conv=3, norm="batch").double()
+    net[1] = Mine(2, 4, 4, norm="batch").double()
+    net.append(nn.Sequential(nn.Conv2d(4, 4, 1), nn.Tanh()).double())
+    assert_same(net, torch.randn(2, 4, 5, 5).double())
+
+
+def test_second_derivatives_are_refused_not_wrong():
+    """A sum's gradient is no part of a graph, which `once_differentiable` would take for safe."""
+    net = ConvGroup(2, 4, nb_conv=2, norm="batch", activation="SiLU").double()
+    inp = torch.randn(2, 4, 5, 5).double().requires_grad_()
+    with dispatch.fused_on_reference():
+        (slope,) = torch.autograd.grad(net(inp).sum(), inp, create_graph=True)
+        with pytest.raises(RuntimeError, match="first derivatives only.*use_backend"):
+            slope.square().sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo
+@pytest.mark.parametrize("name", ["unet", "meshnet", "atrous", "segnet"])
+def test_compile_export_checkpoint(name):
+    net, shape = NETS[name]()
+    for module in net.modules():
+        if isinstance(module, ChannelDropout):
+            module.p = 0.0
+    inp = torch.randn(shape)
+    expected = step(net, inp, fused=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    for run in (compiled, lambda x: checkpoint(net, x, use_reentrant=False)):
+        net.zero_grad()
+        with dispatch.fused_on_reference():
+            out = run(inp.clone().requires_grad_())
+            torch.manual_seed(2)
+            out.backward(torch.randn_like(out))
+        assert_near(out.detach(), expected["out"], 1e-5)
+        largest = max(expected[n].abs().max().item() for n, _ in net.named_parameters())
+        for key, parameter in net.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[key], rtol=0, atol=1e-5 * largest)
+    with dispatch.fused_on_reference():
+        program = torch.export.export(net.eval(), (inp,), strict=False)
+        assert any("cassetta" in str(node.target) for node in program.graph.nodes)
+        assert_near(program.module()(inp), net(inp), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["unet", "meshnet", "atrous"])
+def test_explain_shows_every_block_on_a_kernel_engine(name, kernels):
+    net, shape = NETS[name]()
+    net = net.to(kernels)
+    inp = torch.randn(shape, device=kernels)
+    before = {key: tensor.clone() for key, tensor in net.state_dict().items()}
+    random = torch.get_rng_state()
+    rows = cassetta.explain(net, inp)
+    assert {row.engine for row in rows} == {"library"}
+    blocks = {key for key, module in net.named_modules() if isinstance(module, ConvBlock)}
+    assert {row.name for row in rows} == blocks
+    assert torch.equal(torch.get_rng_state(), random)
+    for key, tensor in net.state_dict().items():
+        torch.testing.assert_close(tensor, before[key], rtol=0, atol=0)
+    assert net.training
+    assert all(p.grad is None for p in net.parameters())
+    assert "library" in str(rows)
+
+
+REASONS = {
+    "Softmax": lambda: ConvBlock(2, 4, 4, activation="Softmax"),
+    "padding_mode='replicate'": lambda: ConvBlock(2, 4, 4, optc={"padding_mode": "replicate"}),
+    "SeparableConv": lambda: ConvBlock(2, 4, 4, separable=True),
+    "Dropout": lambda: ConvBlock(2, 4, 4, dropout=nn.Dropout),
+    "float64": lambda: ConvBlock(2, 4, 4).double(),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_a_block_that_no_kernel_covers_says_why_and_runs(reason, kernels):
+    block = REASONS[reason]().to(kernels)
+    inp = torch.randn(2, 4, 5, 5, device=kernels).to(next(block.parameters()).dtype)
+    (row,) = cassetta.explain(block, inp)
+    assert row.engine == "reference"
+    assert reason in row.reason
+    with dispatch.use_backend("reference"):
+        expected = block.eval()(inp)
+    assert_near(block(inp), expected)
+
+
+def test_reasons_that_lie_in_the_request():
+    block, inp = ConvBlock(2, 4, 4), torch.randn(2, 4, 5, 5)
+    assert "NVIDIA GPU" in cassetta.explain(block, inp)[0].reason or torch.cuda.is_available()
+    with cassetta.use_backend("reference"):
+        assert "'reference' was asked for" in cassetta.explain(block, inp)[0].reason
+
+
+def test_training_through_the_kernels_ends_where_plain_pytorch_ends(kernels):
+    """A small network learns as well either way; the losses differ by rounding, amplified."""
+    losses = {}
+    target = torch.randn(2, 3, 8, 8).to(kernels)
+    for backend in ("triton", "reference"):
+        torch.manual_seed(0)
+        net = SegNet(
+            2, 1, 3, activation=None, backbone="MeshNet",
+            opt_backbone={"nb_features": 4, "nb_layers": 2, "nb_conv_per_layer": 1},
+        ).to(kernels)  # fmt: skip
+        inp = torch.randn(2, 1, 8, 8).to(kernels)
+        optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
+        with dispatch.use_backend(backend):
+            for _ in range(8):
+                optimizer.zero_grad()
+                loss = (net(inp) - target).square().mean()
+                loss.backward()
+                optimizer.step()
+        losses[backend] = loss.item()
+    assert losses["triton"] == pytest.approx(losses["reference"], rel=1e-3)

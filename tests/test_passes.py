@@ -1,0 +1,170 @@
+"""The passes in Triton against float64: right to rounding, in every dtype, layout and shape."""
+
+import pytest
+import torch
+from conftest import DEVICE
+
+from cassetta.kernels import activations, dispatch, ops, reference
+from cassetta.kernels.types import Activation, Fold, Prologue
+
+CONSTANTS = {"leaky_relu": (0.1, 0.0), "elu": (1.3, 0.0), "softplus": (2.0, 5.0)}
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+SHAPES = [(2, 5, 7, 9), (1, 3, 40), (2, 21, 5, 6, 7), (1, 1, 1), (3, 4, 1, 1, 1), (1, 2, 5000)]
+
+
+def problem(shape, dtype, name, full, device):
+    """An image, a gradient and a residual of a dtype, and a prologue; drawn after rounding."""
+    n, c = shape[:2]
+    x, g, r = (torch.randn(shape, dtype=torch.float64).to(device, dtype) for _ in range(3))
+    table = lambda: torch.randn(n, c).to(device)  # noqa: E731
+    tables = [table() if full else None for _ in range(4)]
+    activation = Activation(name, *CONSTANTS.get(name, (0.0, 0.0)))
+    slope = table() if name == "prelu" else None
+    p = Prologue(*tables[:2], activation, slope, *tables[2:])
+    return x, g, r, p, Fold(table(), table(), table())
+
+
+def results(passes, x, g, r, p, fold):
+    """All that the passes compute of it, by name."""
+    out = dict(zip(("mean", "var"), passes.moments(x, p), strict=True))
+    out["z"] = passes.materialize(x, p, None, x.dtype)
+    out["z + r"] = passes.materialize(x, p, r, x.dtype)
+    for after in (False, True):
+        for share in (None, fold):
+            word = f"{'after' if after else 'before'}{', folded' if share else ''}"
+            sums = passes.prologue_sums(g, x, p, fold.centre, share, after)
+            names = ("sum h", "sum hb", "sum slope")
+            for name, value in list(zip(names, sums, strict=True))[
+                : 3 if p.slope is not None else 2
+            ]:
+                out[f"{name}, {word}"] = value
+            out[f"dx, {word}"] = passes.prologue_dgrad(g, x, p, share, after)
+    return out
+
+
+def double(value):
+    if isinstance(value, torch.Tensor):
+        return value.double()
+    if isinstance(value, (Prologue, Fold)):
+        return type(value)(*map(double, value))
+    return value
+
+
+SLACK = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+"""On the scale of the largest value: 32 eps for the sums and transcendentals of float32; 2 eps
+where the result is rounded to half."""
+
+
+def assert_as_good_as_torch(passes, arguments):
+    """err(ours) <= 2 err(the same formulas in plain torch, same dtype) + slack, against float64."""
+    truth = results(reference, *map(double, arguments))
+    same = results(reference, *arguments)
+    ours = results(passes, *arguments)
+    for name, expected in truth.items():
+        scale = expected.abs().max().item() if expected.numel() else 0.0
+        ours_off, same_off = (
+            (one[name].double() - expected).abs().max().item() for one in (ours, same)
+        )
+        assert ours[name].shape == expected.shape
+        assert ours[name].dtype == same[name].dtype
+        allowed = 2 * same_off + SLACK[arguments[0].dtype] * max(scale, 1e-3)
+        assert ours_off <= allowed, f"{name}: {ours_off:.2e} of {scale:.2e}, torch {same_off:.2e}"
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", activations.NAMES)
+def test_every_activation(name, dtype, full, kernels):
+    arguments = problem((2, 5, 7, 9), dtype, name, full, kernels)
+    assert_as_good_as_torch(dispatch.passes(arguments[0]), arguments)
+
+
+@pytest.mark.parametrize("layout", ["channels first", "channels last", "mixed", "sliced", "gaps"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_shape_and_layout(shape, layout, kernels):
+    x, g, r, p, fold = problem(shape, torch.float32, "silu", True, kernels)
+    last = lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1)  # noqa: E731
+    if layout == "channels last":
+        x, g, r = last(x), last(g), last(r)
+    elif layout == "mixed":
+        g, r = last(g), last(r)
+    elif layout == "sliced":  # some channels of a larger image
+        x = torch.cat([x, x], 1)[:, : shape[1]]
+    elif layout == "gaps":  # every other voxel of the last axis
+        x = torch.stack([x, x], -1).flatten(-2)[..., ::2]
+    assert_as_good_as_torch(dispatch.passes(x), (x, g, r, p, fold))
+
+
+def test_the_layout_is_kept(kernels):
+    x, g, r, p, fold = problem((2, 5, 6, 7), torch.float32, "relu", True, kernels)
+    x = x.contiguous(memory_format=torch.channels_last)
+    passes = dispatch.passes(x)
+    for out in (passes.materialize(x, p, r, x.dtype), passes.prologue_dgrad(g, x, p, fold, True)):
+        assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_an_empty_batch(kernels):
+    x, g, r, p, fold = problem((0, 5, 6, 7), torch.float32, "relu", True, kernels)
+    for value in results(dispatch.passes(x), x, g, r, p, fold).values():
+        assert value.shape[0] == 0
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+def test_variance_of_a_large_mean_does_not_cancel(mean, kernels):
+    x = (mean + torch.randn(2, 3, 3000)).to(kernels)
+    truth = reference.moments(x.double(), Prologue())
+    ours = dispatch.passes(x).moments(x, Prologue())
+    torch.testing.assert_close(ours.mean.double(), truth.mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours.var.double(), truth.var, rtol=1e-4, atol=0)
+    constant = torch.full((1, 2, 3000), mean + 0.1, device=kernels)
+    var = dispatch.passes(x).moments(constant, Prologue()).var
+    assert ((var >= 0) & (var <= (2 * 1.2e-7 * (mean + 0.1)) ** 2)).all()  # rounding of the mean
+
+
+def test_float16_statistics_do_not_overflow(kernels):
+    x = torch.full((1, 1, 3000), 60_000.0, dtype=torch.float16, device=kernels)
+    mean, var = dispatch.passes(x).moments(x, Prologue())
+    assert mean.item() == pytest.approx(60_000, rel=1e-3)
+    assert var.item() == 0
+
+
+def test_the_same_input_gives_the_same_bits(kernels):
+    arguments = problem((2, 5, 900), torch.float32, "gelu", True, kernels)
+    passes = dispatch.passes(arguments[0])
+    for one, other in zip(
+        results(passes, *arguments).values(), results(passes, *arguments).values(), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", activations.NAMES)
+def test_derivatives_are_those_of_torch(name):
+    """The reference's own, against autograd."""
+    activation = Activation(name, *CONSTANTS.get(name, (0.0, 0.0)))
+    slope = torch.tensor(0.3, dtype=torch.float64)
+    u = torch.linspace(-7, 7, 101, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(activations.apply(u, activation, slope).sum(), u)
+    torch.testing.assert_close(activations.derivative(u, activation, slope).detach(), expected)
+
+
+@pytest.mark.parametrize("name", ["moments", "materialize", "prologue_sums", "prologue_dgrad"])
+def test_operators_are_registered_as_torch_wants_them(name):
+    x, g, r, p, fold = problem((2, 3, 4, 5), torch.float32, "prelu", True, torch.device("cpu"))
+    calls = {
+        "moments": lambda: ops.moments(x, p),
+        "materialize": lambda: ops.materialize(x, p, r, torch.float16),
+        "prologue_sums": lambda: ops.prologue_sums(g, x, p, fold.centre, fold, True),
+        "prologue_dgrad": lambda: ops.prologue_dgrad(g, x, p, fold, True),
+    }
+    operator = getattr(torch.ops.cassetta, name).default
+    seen = []
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is operator:
+                seen.append(args)
+            return func(*args, **(kwargs or {}))
+
+    with Spy():
+        calls[name]()
+    torch.library.opcheck(operator, seen[0])
