@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo test check bench docs clean test-gpu bench-gpu
 
 demo: $(VENV)/.demo
 	$(BIN)/cassetta demo
@@ -21,6 +21,17 @@ check: $(VENV)/.test
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest bench -o python_files='bench_*.py' --benchmark-group-by=group \
 		--benchmark-columns=median,iqr,rounds --benchmark-sort=name
+
+# On a GPU, with the packages that PYTHON has, offline: both stop after BUDGET seconds, and go on where
+# they stopped when they are run again.
+BUDGET ?= 500
+GPU_TESTS = tests/test_gpu.py tests/test_golden.py tests/test_passes.py tests/test_fused.py
+
+test-gpu:
+	PYTHONPATH=. $(PYTHON) -m pytest $(GPU_TESTS) --budget $(BUDGET) --resume -o filterwarnings=default
+
+bench-gpu:
+	PYTHONPATH=. $(PYTHON) bench/gpu.py --budget $(BUDGET)
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict

@@ -68,13 +68,8 @@ def explain(model: nn.Module, *inputs: Tensor) -> Explanation:
     names = {module: name or type(module).__name__ for name, module in model.named_modules()}
     copies = {name: buffer.clone() for name, buffer in model.named_buffers()}
     gpus = sorted({x.device.index or 0 for x in inputs if x.device.type == "cuda"})
-    before, fusing._log = fusing._log, []
-    try:
-        with torch.random.fork_rng(devices=gpus), torch.no_grad():
-            torch.func.functional_call(model, copies, inputs, tie_weights=False)
-        ran = fusing._log
-    finally:
-        fusing._log = before
+    with fusing.listening() as ran, torch.random.fork_rng(devices=gpus), torch.no_grad():
+        torch.func.functional_call(model, copies, inputs, tie_weights=False)
     seen: dict[nn.Module, Engine] = {}
     for block, why in ran:
         engine = "library" if why is None else "reference"

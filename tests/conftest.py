@@ -6,6 +6,7 @@ imported here; afterwards the environment is as users have it, and the fixture `
 
 import importlib.util
 import os
+import time
 
 import pytest
 import torch
@@ -19,6 +20,41 @@ if HAS_TRITON and DEVICE == "cpu":
     os.environ[dispatch.INTERPRET] = "1"
     dispatch._triton_passes()
     del os.environ[dispatch.INTERPRET]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--budget", type=float, help="seconds after which no further test begins")
+    parser.addoption("--resume", action="store_true", help="leave out what has passed before")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--resume"):
+        passed = set(config.cache.get("cassetta/passed", []))
+        items[:] = [item for item in items if item.nodeid not in passed]
+
+
+def pytest_sessionstart(session):
+    session.config.cassetta_start = time.monotonic()
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" and report.passed:
+        _passed.append(report.nodeid)
+
+
+def pytest_runtest_teardown(item):
+    budget = item.config.getoption("--budget")
+    if budget and time.monotonic() - item.config.cassetta_start > budget:
+        item.session.shouldstop = f"the budget of {budget:.0f} s is spent: --resume goes on"
+
+
+def pytest_sessionfinish(session):
+    if session.config.getoption("--resume"):
+        before = session.config.cache.get("cassetta/passed", [])
+        session.config.cache.set("cassetta/passed", sorted({*before, *_passed}))
+
+
+_passed: list[str] = []
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +75,7 @@ def kernels(monkeypatch):
         pytest.skip("triton is not installed")
     if DEVICE == "cpu":
         monkeypatch.setenv(dispatch.INTERPRET, "1")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
     with dispatch.use_backend("triton"):

@@ -54,7 +54,7 @@ def phantom(folder, shape=(30, 40, 20), affine=None, dtype=np.float32):
     ("asked", "code", "text"),
     [
         ("", 0, "reference (plain PyTorch)"),
-        ("auto", 0, "no NVIDIA GPU"),
+        ("auto", 0, "no NVIDIA GPU" if not torch.cuda.is_available() else "triton"),
         ("reference", 0, "the backend 'reference' was asked for"),
         ("triton", 1, "cannot run"),
         ("Cuda", 1, "CASSETTA_BACKEND='Cuda' is not a backend"),
@@ -67,6 +67,23 @@ def test_doctor_says_whether_the_request_can_be_met(asked, code, text, monkeypat
     assert text in out
     for name in ("cassetta", "python", torch.__version__, "triton", "torch-interpol", "GPUs"):
         assert name in out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="triton is for Linux")
+def test_every_kernel_compiles_for_every_architecture():
+    """Ahead of time, without a GPU; and a fault would be the exit code."""
+    done = command("compile-check", "--arch", "all", COLUMNS="200")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "585 compilations" in done.stdout
+    assert "0 at fault" in done.stdout
+    for name in ("sm_80", "sm_90", "sm_100", "moments_kernel", "prologue_dgrad_kernel"):
+        assert name in done.stdout
+
+
+def test_interpreted_kernels_do_not_compile():
+    done = command("compile-check", "--arch", "sm_80", TRITON_INTERPRET="1")
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET is set" in done.stderr
 
 
 def test_the_exit_code_reaches_the_shell():

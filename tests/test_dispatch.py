@@ -11,7 +11,8 @@ from cassetta.layers import Conv
 def test_the_default_is_auto_and_says_why_it_runs_the_reference():
     assert backend() == "auto"
     assert dispatch.implementation() is reference
-    assert "no NVIDIA GPU" in why_reference()
+    why = why_reference()
+    assert why is None if torch.cuda.is_available() else "no NVIDIA GPU" in why
 
 
 def test_environment_variable(monkeypatch):
@@ -26,6 +27,7 @@ def test_environment_variable(monkeypatch):
 
 
 def test_a_request_that_cannot_be_met_is_never_ignored(monkeypatch):
+    monkeypatch.setattr(dispatch, "why_no_triton", lambda: "there is none")
     monkeypatch.setenv("CASSETTA_BACKEND", "triton")
     conv = Conv(1, 2, padding="same")
     with pytest.raises(BackendError, match="'triton' cannot run: .*Ask for 'auto' or 'reference'"):
@@ -53,10 +55,85 @@ def test_unknown_names(name):
         cassetta.set_backend(name)
 
 
-def test_a_refused_backend_changes_nothing():
+def test_a_refused_backend_changes_nothing(monkeypatch):
+    monkeypatch.setattr(dispatch, "why_no_triton", lambda: "there is none")
     cassetta.set_backend("reference")
     with pytest.raises(BackendError):
         cassetta.set_backend("triton")
     with pytest.raises(BackendError), cassetta.use_backend("triton"):
         pass
     assert backend() == "reference"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Pretend that there is a GPU, of which no kernel is asked to run."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    capability = [(9, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability[0])
+    monkeypatch.setattr(torch.version, "hip", None)
+    return capability
+
+
+class Image:
+    """What dispatch asks of an image on a GPU."""
+
+    def __init__(self, dtype=torch.float32, device="cuda", size=2**20):
+        self.dtype, self.device, self.size = dtype, torch.device(device), size
+        self.shape = (1, size)
+
+    def numel(self):
+        return self.size
+
+
+def why(monkeypatch, **image):
+    monkeypatch.setattr(dispatch, "_PLAIN", (Image,))
+    return why_reference(Image(**image))
+
+
+def test_reasons_on_a_gpu(monkeypatch, gpu):
+    assert why(monkeypatch) is None
+    assert why(monkeypatch, dtype=torch.bfloat16) is None
+    assert "the image is in float64" in why(monkeypatch, dtype=torch.float64)
+    assert "the image is on the CPU" in why(monkeypatch, device="cpu")
+    assert "the image is on the mps device" in why(monkeypatch, device="mps")
+    assert "so small an image" in why(monkeypatch, size=100)
+    with cassetta.use_backend("triton"):
+        assert why(monkeypatch, size=100) is None
+    gpu[0] = (7, 5)
+    assert "no GPU here has compute capability 8.0" in why(monkeypatch)
+    with pytest.raises(BackendError, match="the best has 7.5"):
+        cassetta.set_backend("triton")
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert "ROCm" in why(monkeypatch)
+
+
+def test_reasons_without_triton(monkeypatch, gpu):
+    monkeypatch.setattr(dispatch, "_why_not_importable", lambda: "triton cannot be imported (no)")
+    assert "triton cannot be imported" in why(monkeypatch)
+    with pytest.raises(BackendError, match="cannot be imported"):
+        cassetta.set_backend("triton")
+
+
+def test_other_kinds_of_tensor_and_transforms_stay_with_torch(monkeypatch):
+    class Mine(torch.Tensor):
+        pass
+
+    monkeypatch.setenv(dispatch.INTERPRET, "1")
+    with cassetta.use_backend("triton"):
+        assert why_reference(torch.ones(1, 1, 4)) is None
+        assert "a Mine" in why_reference(torch.ones(1, 1, 4).as_subclass(Mine))
+        reasons = []
+        torch.vmap(lambda x: reasons.append(why_reference(x)) or x)(torch.ones(2, 1, 4))
+        assert "torch.func" in reasons[0]
+    assert why_reference(torch.ones(1, 1, 4)) == "the image is on the CPU"
+
+
+def test_passes_and_their_twins_have_one_signature():
+    pytest.importorskip("triton")
+    import inspect
+
+    ours = dispatch._triton_passes()
+    for name in ("moments", "materialize", "prologue_sums", "prologue_dgrad"):
+        assert inspect.signature(getattr(ours, name)) == inspect.signature(getattr(reference, name))

@@ -5,6 +5,8 @@ Containers call it where nobody can tell the difference: where the module is as 
 carries no hook. Any other module meets tensors, as always.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +39,17 @@ def run(module: nn.Module, x: Tensor | Deferred) -> Tensor | Deferred:
 def run_as_written(module: nn.Module, x: Tensor | Deferred) -> Tensor:
     """`run`, with a tensor in the end."""
     return materialize(run(module, x))
+
+
+@contextmanager
+def listening() -> Iterator[list[tuple[nn.Module, str | None]]]:
+    """What is noted in this block of code, in the order of execution."""
+    global _log
+    before, _log = _log, []
+    try:
+        yield _log
+    finally:
+        _log = before
 
 
 def note(block: nn.Module, why: str | None) -> None:
