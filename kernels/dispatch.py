@@ -11,6 +11,7 @@ With TRITON_INTERPRET=1 in the environment, "triton" runs the kernels on the CPU
 
 import functools
 import importlib
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -126,6 +127,8 @@ def _why_not_for(x: Tensor, asked: str) -> str | None:
             return f"the image is a {type(x).__name__}, not a plain tensor"
     if x.dtype not in configs.dtypes():
         return f"the image is in {str(x.dtype).removeprefix('torch.')}"
+    if math.prod(x.shape[2:]) >= 2**31 - 2**16:
+        return f"a channel of {tuple(x.shape)} has more voxels than 31 bits count"
     device = x.device.type
     if device == "cpu" and is_interpreted():
         return None if asked == "triton" else "the image is on the CPU"

@@ -121,14 +121,14 @@ def derivative(u, p, q, slope, ACT: tl.constexpr):
 
 def strides(x: Tensor) -> tuple[int, int, int] | None:
     """Strides of samples, channels and voxels; None if the voxels have no common stride."""
-    step, reach = 0, 0
+    step = reach = None
     for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
         if size > 1:
-            if step and stride != reach:
+            if reach is not None and stride != reach:
                 return None
-            step = step or stride
+            step = stride if step is None else step  # 0 for what was expanded, a gradient of a sum
             reach = stride * size
-    return x.stride(0), x.stride(1), step or 1
+    return x.stride(0), x.stride(1), 1 if step is None else step
 
 
 def strided(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:

@@ -79,7 +79,10 @@ def test_every_activation(name, dtype, full, kernels):
     assert_as_good_as_torch(dispatch.passes(arguments[0]), arguments)
 
 
-@pytest.mark.parametrize("layout", ["channels first", "channels last", "mixed", "sliced", "gaps"])
+LAYOUTS = ["channels first", "channels last", "mixed", "sliced", "gaps", "expanded", "one voxel"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_shape_and_layout(shape, layout, kernels):
     x, g, r, p, fold = problem(shape, torch.float32, "silu", True, kernels)
@@ -90,6 +93,11 @@ def test_every_shape_and_layout(shape, layout, kernels):
         g, r = last(g), last(r)
     elif layout == "sliced":  # some channels of a larger image
         x = torch.cat([x, x], 1)[:, : shape[1]]
+    elif layout == "expanded":  # as the gradient of a sum is
+        g, r = g[:1, :1, ..., :1].expand(shape), r[..., :1].expand(shape)
+        g = g.mean().expand(shape)
+    elif layout == "one voxel":  # of each channel, at all places
+        g = g.flatten(2)[..., :1].reshape(*shape[:2], *[1] * (len(shape) - 2)).expand(shape)
     elif layout == "gaps":  # every other voxel of the last axis
         x = torch.stack([x, x], -1).flatten(-2)[..., ::2]
     assert_as_good_as_torch(dispatch.passes(x), (x, g, r, p, fold))

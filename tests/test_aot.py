@@ -1,0 +1,53 @@
+"""What the compiled kernels look like, ahead of time and without a GPU."""
+
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton is for Linux")
+
+
+def run(code):
+    """In a process of its own: in this one, kernels may be interpreted."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("layout", ["3-D", "1-D", "2-D channels-last", "more than 2**31"])
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_accesses_are_of_16_bytes(arch, layout):
+    """Each image is read and written in vectors of four words, never element by element."""
+    out = run(f"""
+import re, torch, triton
+from cassetta.kernels import aot
+found, compile_ = [], triton.compile
+def spy(*args, **options):
+    built = compile_(*args, **options)
+    found.append((built.metadata.name, built.asm["ptx"]))
+    return built
+triton.compile = spy
+with aot.recorded({arch}, "", []):
+    aot._run_passes(aot._image(torch.bfloat16, "{layout}"), "relu", True, True)
+for name, ptx in found:
+    if "combine" in name:
+        continue
+    wide = re.findall(r"(ld|st)\\.global\\S*\\.v4\\.b32", ptx)
+    narrow = re.findall(r"(?:ld|st)\\.global\\S*\\.b16", ptx)
+    print(name, len(wide) > 0, len(narrow))
+""")
+    rows = [line.split() for line in out.splitlines()]
+    assert len(rows) == 4
+    for name, wide, narrow in rows:
+        assert (wide, narrow) == ("True", "0"), name
+
+
+def test_a_fault_is_an_excess_and_an_exit_code():
+    out = run("""
+from cassetta.kernels.aot import Report
+good = Report("k", "c", 90, 32, 0, 1000, "")
+print(good.excess, good._replace(spilled=8).excess, good._replace(shared=300_000).excess, sep="|")
+""")
+    assert out == "None|8 bytes of registers spill|300000 bytes of shared memory, of 232448"
