@@ -66,7 +66,9 @@ def explain(model: nn.Module, *inputs: Tensor) -> Explanation:
         Rows with `.name`, `.kind`, `.engine` ("library" or "reference") and `.reason`.
     """
     names = {module: name or type(module).__name__ for name, module in model.named_modules()}
-    copies = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    twins = {buffer: buffer.clone() for buffer in buffers.values()}
+    copies = {name: twins[buffer] for name, buffer in buffers.items()}
     gpus = sorted({x.device.index or 0 for x in inputs if x.device.type == "cuda"})
     with fusing.listening() as ran, torch.random.fork_rng(devices=gpus), torch.no_grad():
         torch.func.functional_call(model, copies, inputs, tie_weights=False)

@@ -51,7 +51,7 @@ def derivative(u: Tensor, activation: Activation, slope: Tensor | None = None) -
     if name == "identity":
         return one
     if name == "relu":
-        return (u > 0).to(u.dtype)
+        return torch.where(u <= 0, 0 * one, one)
     if name == "prelu":
         assert slope is not None
         return torch.where(u > 0, one, slope * one)
@@ -62,7 +62,7 @@ def derivative(u: Tensor, activation: Activation, slope: Tensor | None = None) -
     if name == "softplus":
         return torch.where(u * p > q, one, torch.sigmoid(u * p))
     if name == "hardswish":
-        return torch.where(u < -3, 0 * one, torch.where(u <= 3, u / 3 + 0.5, one))
+        return torch.where(u <= -3, 0 * one, torch.where(u < 3, u / 3 + 0.5, one))
     if name == "tanh":
         return 1 - torch.tanh(u).square()
     sigmoid = torch.sigmoid(u)

@@ -112,19 +112,25 @@ def why_no_triton() -> str | None:
 def why_reference(x: Tensor | None = None) -> str | None:
     """Why the passes run in plain PyTorch (for this image), as a sentence; None if they do not."""
     if _on_reference_passes:
-        return None
+        return None if x is None else _why_not_plain(x)
     asked = backend()
     if asked == "reference":
         return "the backend 'reference' was asked for"
-    return why_no_triton() or (None if x is None else _why_not_for(x, asked))
+    return why_no_triton() or (None if x is None else _why_not_plain(x) or _why_not_for(x, asked))
+
+
+def _why_not_plain(x: Tensor) -> str | None:
+    """Why x needs operations that torch can transform and differentiate as it likes."""
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "torch.func transforms need plain operations"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode derivatives need plain operations"
+    if not torch.compiler.is_compiling() and type(x) not in _PLAIN and not _is_fake(x):
+        return f"the image is a {type(x).__name__}, not a plain tensor"
+    return "the image is complex" if x.is_complex() else None
 
 
 def _why_not_for(x: Tensor, asked: str) -> str | None:
-    if not torch.compiler.is_compiling():
-        if torch._C._functorch.maybe_current_level() is not None:
-            return "torch.func transforms need plain operations"
-        if type(x) not in _PLAIN and not _is_fake(x):
-            return f"the image is a {type(x).__name__}, not a plain tensor"
     if x.dtype not in configs.dtypes():
         return f"the image is in {str(x.dtype).removeprefix('torch.')}"
     if math.prod(x.shape[2:]) >= 2**31 - 2**16:

@@ -1,15 +1,15 @@
 """The passes as registered operators of torch, so that compilers and exporters see one call each.
 
 Each has a fake implementation (shapes without data) and a formula for `FlopCounterMode`, which
-counts multiplications of matrices only: none here. They hold no gradient of their own; the
-`torch.autograd.Function`s of `cassetta.functional` call them, forward and backward.
+counts multiplications of matrices only: none here. They have no gradient of their own, and say so;
+the `torch.autograd.Function`s of `cassetta.functional` call them, forward and backward.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_fake
+from torch.library import Library, register_autograd, register_fake
 
 from cassetta.kernels import dispatch
 from cassetta.kernels.types import Fold, Moments, Prologue, flat, unflat
@@ -83,6 +83,13 @@ def _fake_materialize(x: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(x, dtype=rest[-1])
 
 
+def _refuse(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError(
+        "an operator of cassetta was called outside of its autograd.Function and has no gradient: "
+        "export a network that is to be trained within `with cassetta.use_backend('reference'):`"
+    )
+
+
 _IMPLEMENTATIONS = {
     "moments": (_moments, lambda x, *rest: (_table(x), _table(x))),
     "materialize": (_materialize, _fake_materialize),
@@ -96,3 +103,4 @@ for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema)
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     register_fake(f"cassetta::{_name}", _fake, lib=_library)
+    register_autograd(f"cassetta::{_name}", _refuse, lib=_library)

@@ -141,7 +141,7 @@ def _prologue_sums_kernel(
             if a_ptr is not None:
                 apart = b - tile.row(fold_ptr, n, c, C, 0.0)
                 e += tile.row(a_ptr, n, c, C, 0.0) + tile.row(k_ptr, n, c, C, 0.0) * apart
-            sum_slope += tl.where(inside, e * tl.minimum(u, 0.0), 0.0)
+            sum_slope += tl.where(inside, e * tile.below(u, 0.0), 0.0)
         i += 1
     out = (n * chunks + chunk) * C + c
     tl.store(out_ptr + out, tl.sum(sum_h, 0), mask=c < C)
@@ -165,5 +165,5 @@ def prologue_sums(
         config.c_blocks, config.loops,
         ACT=p.activation.name, AFTER=after, WIDE=tile.is_wide(g, x),
     )  # fmt: skip
-    sum_h, sum_hb, sum_slope = out.sum(2)
+    sum_h, sum_hb, sum_slope = (part.sum(1) for part in out)  # not views of one tensor
     return sum_h, sum_hb, sum_slope

@@ -46,20 +46,44 @@ def row(ptr, n, c, C, DEFAULT: tl.constexpr):
 
 @triton.jit
 def tanh(u):
-    return 2 * tl.sigmoid(2 * u) - 1
+    """Without cancellation near 0: an odd series there."""
+    w = u * u
+    rest = w * (0.1333333333 - w * (0.0539682540 - w * 0.0218694885))
+    series = u * (1 - w * (0.3333333333 - rest))
+    return tl.where(tl.abs(u) < 0.25, series, 2 * tl.sigmoid(2 * u) - 1)
+
+
+@triton.jit
+def expm1(u):
+    """exp(u) - 1 for u <= 0, and NaN for NaN."""
+    tail = u * (0.1666666667 + u * (0.0416666667 + u * (0.0083333333 + u * 0.0013888889)))
+    return tl.where(tl.abs(u) < 0.1, u * (1 + u * (0.5 + tail)), tl.exp(u) - 1)
+
+
+@triton.jit
+def log1p(e):
+    """log(1 + e) for e >= 0, and NaN for NaN."""
+    tail = e * (0.25 - e * (0.2 - e * (0.1666666667 - e * 0.1428571429)))
+    return tl.where(e < 0.1, e * (1 - e * (0.5 - e * (0.3333333333 - tail))), tl.log(1 + e))
+
+
+@triton.jit
+def below(u, most):
+    """The smaller of two numbers; NaN for NaN, which tl.minimum would take for the larger."""
+    return tl.where(u > most, most, u)
 
 
 @triton.jit
 def activation(u, p, q, slope, ACT: tl.constexpr):
-    """act(u); see `activations` for the constants."""
+    """act(u), and NaN for NaN; see `activations` for the constants."""
     if ACT == "relu":
-        u = tl.maximum(u, 0.0)
+        u = tl.where(u < 0, 0.0, u)
     elif ACT == "leaky_relu":
         u = tl.where(u > 0, u, p * u)
     elif ACT == "prelu":
         u = tl.where(u > 0, u, slope * u)
     elif ACT == "elu":
-        u = tl.where(u > 0, u, p * (tl.exp(tl.minimum(u, 0.0)) - 1))
+        u = tl.where(u > 0, u, p * expm1(below(u, 0.0)))
     elif ACT == "gelu":
         u = 0.5 * u * (1 + tl.erf(u * 0.7071067811865476))
     elif ACT == "gelu_tanh":
@@ -67,16 +91,16 @@ def activation(u, p, q, slope, ACT: tl.constexpr):
     elif ACT == "silu":
         u = u * tl.sigmoid(u)
     elif ACT == "mish":
-        e = tl.exp(tl.minimum(u, 20.0))  # tanh(log(1 + e)) = e (e + 2) / (e (e + 2) + 2)
+        e = tl.exp(below(u, 20.0))  # tanh(log(1 + e)) = e (e + 2) / (e (e + 2) + 2)
         u = u * (e * (e + 2) / (e * (e + 2) + 2))
     elif ACT == "tanh":
         u = tanh(u)
     elif ACT == "sigmoid":
         u = tl.sigmoid(u)
     elif ACT == "softplus":
-        u = tl.where(u * p > q, u, tl.log(1 + tl.exp(tl.minimum(u * p, q))) / p)
+        u = tl.where(u * p > q, u, log1p(tl.exp(below(u * p, q))) / p)
     elif ACT == "hardswish":
-        u = u * tl.minimum(tl.maximum(u + 3, 0.0), 6.0) / 6
+        u = tl.where(u <= -3, 0.0, tl.where(u >= 3, u, u * (u + 3) / 6))
     return u
 
 
@@ -85,13 +109,13 @@ def derivative(u, p, q, slope, ACT: tl.constexpr):
     """act'(u)."""
     d = tl.full(u.shape, 1.0, tl.float32)
     if ACT == "relu":
-        d = tl.where(u > 0, 1.0, 0.0)
+        d = tl.where(u <= 0, 0.0, 1.0)
     elif ACT == "leaky_relu":
         d = tl.where(u > 0, 1.0, p)
     elif ACT == "prelu":
         d = tl.where(u > 0, 1.0, slope)
     elif ACT == "elu":
-        d = tl.where(u > 0, 1.0, p * tl.exp(tl.minimum(u, 0.0)))
+        d = tl.where(u > 0, 1.0, p * tl.exp(below(u, 0.0)))
     elif ACT == "gelu":
         density = tl.exp(-0.5 * u * u) * 0.3989422804014327
         d = 0.5 * (1 + tl.erf(u * 0.7071067811865476)) + u * density
@@ -103,19 +127,17 @@ def derivative(u, p, q, slope, ACT: tl.constexpr):
         s = tl.sigmoid(u)
         d = s * (1 + u * (1 - s))
     elif ACT == "mish":
-        e = tl.exp(tl.minimum(u, 20.0))
+        e = tl.exp(below(u, 20.0))
         t = e * (e + 2) / (e * (e + 2) + 2)
         d = t + u * tl.sigmoid(u) * (1 - t * t)
     elif ACT == "tanh":
-        t = tanh(u)
-        d = 1 - t * t
+        d = 4 * tl.sigmoid(2 * u) * tl.sigmoid(-2 * u)  # 1 - tanh^2, without cancellation
     elif ACT == "sigmoid":
-        s = tl.sigmoid(u)
-        d = s * (1 - s)
+        d = tl.sigmoid(u) * tl.sigmoid(-u)
     elif ACT == "softplus":
         d = tl.where(u * p > q, 1.0, tl.sigmoid(u * p))
     elif ACT == "hardswish":
-        d = tl.where(u < -3, 0.0, tl.where(u <= 3, u / 3 + 0.5, 1.0))
+        d = tl.where(u <= -3, 0.0, tl.where(u < 3, u / 3 + 0.5, 1.0))
     return d
 
 

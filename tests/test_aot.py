@@ -51,3 +51,22 @@ good = Report("k", "c", 90, 32, 0, 1000, "")
 print(good.excess, good._replace(spilled=8).excess, good._replace(shared=300_000).excess, sep="|")
 """)
     assert out == "None|8 bytes of registers spill|300000 bytes of shared memory, of 232448"
+
+
+def test_nan_survives_every_minimum_and_maximum():
+    """The interpreter cannot show it: numpy's maximum keeps NaN, a GPU's max.f32 does not."""
+    out = run("""
+import re, torch, triton
+from cassetta.kernels import activations, aot
+found, compile_ = [], triton.compile
+def spy(*args, **options):
+    found.append(compile_(*args, **options))
+    return found[-1]
+triton.compile = spy
+for name in activations.NAMES:
+    with aot.recorded(90, "", []):
+        aot._run_passes(aot._image(torch.float32, "1-D"), name, True, True)
+print(sum(len(re.findall(r"(?:max|min)\\.f32", built.asm["ptx"])) for built in found
+          if "combine" not in built.metadata.name))
+""")
+    assert out == "5" or int(out) <= len("moments") * 2, out

@@ -86,6 +86,9 @@ class Image:
     def numel(self):
         return self.size
 
+    def is_complex(self):
+        return False
+
 
 def why(monkeypatch, **image):
     monkeypatch.setattr(dispatch, "_PLAIN", (Image,))

@@ -1,6 +1,7 @@
 """Blocks and networks on pending transforms: equal to plain modules, lighter, and explained."""
 
 import contextlib
+import copy
 import itertools
 
 import pytest
@@ -27,9 +28,6 @@ def step(net, inp, fused, seed=1):
     """Output, gradients and buffers of one step, from the same random state."""
     torch.manual_seed(seed)
     net.zero_grad()
-    for module in net.modules():
-        if hasattr(module, "reset_running_stats"):
-            module.reset_running_stats()
     inp = inp.clone().requires_grad_()
     with dispatch.fused_on_reference() if fused else contextlib.nullcontext():
         out = net(inp)
@@ -45,7 +43,10 @@ def assert_same(net, inp, tolerance=1e-10):
     with torch.no_grad():
         for parameter in net.parameters():  # norms that do something
             parameter.add_(0.1 * torch.randn_like(parameter))
-    plain, fused = step(net, inp, fused=False), step(net, inp, fused=True)
+    state = copy.deepcopy(net.state_dict())
+    plain = step(net, inp, fused=False)
+    net.load_state_dict(state)
+    fused = step(net, inp, fused=True)
     largest = max(g.abs().max().item() for g in plain.values() if g.numel())
     for name, expected in plain.items():
         scale = max(expected.abs().max().item(), 1e-3 * largest) if expected.numel() else 1.0
@@ -204,6 +205,16 @@ def test_without_a_norm_no_more_is_kept_than_by_eager(activation):
     assert kept_bytes(net, inp, fused=True) <= kept_bytes(net, inp, fused=False)
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_dropout_alone_keeps_no_more_than_eager(residual):
+    net = ConvGroup(
+        3, 8, nb_conv=3, activation=None, dropout=0.3, order="cadnx", residual=residual
+    )  # fmt: skip
+    inp = torch.randn(1, 8, 24, 24, 24)
+    tables = 8 * 4 * 8  # the factors of each channel
+    assert kept_bytes(net, inp, fused=True) <= kept_bytes(net, inp, fused=False) + tables
+
+
 def test_under_autocast_all_that_is_kept_is_in_its_dtype():
     net = ConvGroup(3, 8, nb_conv=6, norm="instance", order="cndax")
     inp = torch.randn(1, 8, 24, 24, 24)
@@ -259,14 +270,154 @@ def test_other_modules_and_subclasses_meet_tensors():
     assert_same(net, torch.randn(2, 4, 5, 5).double())
 
 
-def test_second_derivatives_are_refused_not_wrong():
+def scalar(net, inp):
+    return net(inp).sin().sum()
+
+
+SECOND = {
+    "grad": lambda f, x, w: torch.autograd.grad(
+        torch.autograd.grad(f(x), x, create_graph=True)[0].square().sum(), x
+    ),
+    "backward": lambda f, x, w: (
+        torch.autograd.grad(f(x), x, create_graph=True)[0].square().sum().backward()
+    ),
+    "inputs": lambda f, x, w: (
+        torch.autograd.grad(f(x), x, create_graph=True)[0].square().sum().backward(inputs=[x])
+    ),
+    "weights": lambda f, x, w: torch.autograd.grad(
+        torch.autograd.grad(f(x), x, create_graph=True)[0].square().sum(), w
+    ),
+    "hessian": lambda f, x, w: torch.autograd.functional.hessian(f, x),
+    "hvp": lambda f, x, w: torch.autograd.functional.hvp(f, x, torch.ones_like(x)),
+    "jvp": lambda f, x, w: torch.autograd.functional.jvp(f, x, torch.ones_like(x)),
+}
+
+
+@pytest.mark.parametrize("way", SECOND)
+@pytest.mark.parametrize("parameter", ["conv.weight", "norm.weight", "norm.bias"])
+def test_second_derivatives_are_refused_not_wrong(way, parameter):
     """A sum's gradient is no part of a graph, which `once_differentiable` would take for safe."""
-    net = ConvGroup(2, 4, nb_conv=2, norm="batch", activation="SiLU").double()
-    inp = torch.randn(2, 4, 5, 5).double().requires_grad_()
+    net = ConvGroup(2, 4, nb_conv=2, norm="batch", activation="SiLU", order="cndax").double()
+    inp = torch.randn(2, 4, 3, 3).double().requires_grad_()
+    weight = net[0].get_parameter(parameter)
     with dispatch.fused_on_reference():
-        (slope,) = torch.autograd.grad(net(inp).sum(), inp, create_graph=True)
         with pytest.raises(RuntimeError, match="first derivatives only.*use_backend"):
-            slope.square().sum().backward()
+            SECOND[way](lambda x: scalar(net, x), inp, weight)
+        (first,) = torch.autograd.grad(scalar(net, inp), inp, create_graph=True)
+    assert_near(first.detach(), torch.autograd.grad(scalar(net, inp), inp)[0])
+
+
+def test_the_callers_gradient_stays_as_it_is():
+    net = ConvGroup(2, 4, norm="batch").double()
+    inp = torch.randn(2, 4, 3, 3).double().requires_grad_()
+    cotangent = torch.ones(2, 4, 3, 3).double()
+    with dispatch.fused_on_reference():
+        torch.autograd.grad(net(inp), inp, cotangent, create_graph=True)
+    assert not cotangent.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of forward mode and dynamo
+def test_forward_mode_and_transforms_stay_with_torch():
+    net = ConvGroup(2, 4, nb_conv=2, norm="instance").double()
+    inp, tangent = torch.randn(2, 1, 4, 3, 3).double()
+    with dispatch.fused_on_reference():
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(inp, tangent)
+            out = torch.autograd.forward_ad.unpack_dual(net(dual)).tangent
+        _, expected = torch.func.jvp(net, (inp,), (tangent,))
+        assert_near(out.detach(), expected.detach())
+        slope = torch.func.grad(lambda x: scalar(net, x))
+        torch._dynamo.reset()
+        compiled = torch.compile(slope, backend="aot_eager")(inp)
+    assert_near(compiled, slope(inp))
+    assert compiled.abs().max() > 0
+
+
+def test_a_program_exported_from_fused_blocks_says_that_it_cannot_be_trained():
+    net = ConvGroup(2, 4, norm="instance")
+    inp = torch.randn(2, 4, 5, 5)
+    with dispatch.fused_on_reference():
+        program = torch.export.export(net, (inp,), strict=False).module()
+    out = program(inp)
+    with pytest.raises(RuntimeError, match="export a network that is to be trained"):
+        out.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo
+def test_what_users_do_to_blocks_is_never_bypassed(monkeypatch):
+    inp = torch.randn(2, 4, 5, 5)
+    calls = []
+
+    class Counted(ConvBlock):
+        def __call__(self, *args):
+            calls.append("call")
+            return super().__call__(*args)
+
+    net = ConvGroup(2, 4, nb_conv=2, norm="batch")
+    net.append(Counted(2, 4, 4, norm="batch"))
+    with dispatch.fused_on_reference():
+        net(inp)
+        assert calls == ["call"]
+        torch._dynamo.reset()
+        net[0].compile(backend=lambda graph, _: calls.append("compiled") or graph.forward)
+        net.eval()(inp)
+        assert "compiled" in calls
+        plain = ConvBlock.forward
+        monkeypatch.setattr(ConvBlock, "forward", lambda s, x: calls.append("patch") or plain(s, x))
+        net(inp)
+    assert calls.count("patch") >= 2
+
+
+def test_layers_may_be_deleted_or_set_to_none():
+    block = ConvBlock(2, 4, 4, norm="batch", dropout=0.1, activation="ELU").double().eval()
+    inp = torch.randn(2, 4, 5, 5).double()
+    del block.dropout
+    assert_same(block, inp)
+    block.norm = None
+    assert_same(block, inp)
+    with dispatch.fused_on_reference():
+        assert cassetta.explain(block, inp)[0].engine == "library"
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.InstanceNorm2d])
+def test_a_norm_that_was_told_not_to_track(kind, train):
+    norm = kind(4, affine=True, track_running_stats=True)
+    norm.running_mean.add_(1)
+    norm.track_running_stats = False
+    net = ConvGroup(2, 4, nb_conv=2, norm=norm, recurrent=True).double().train(train)
+    assert_same(net, torch.randn(3, 4, 5, 5).double())
+
+
+ODD = {
+    "Dropout3d in 2-D": lambda: ConvBlock(2, 4, 4, dropout=nn.Dropout3d),
+    "InstanceNorm3d in 2-D": lambda: ConvBlock(2, 4, 4, norm=nn.InstanceNorm3d),
+    "a weight or a bias": lambda: _without_weight(ConvBlock(2, 4, 4, norm="batch")),
+}
+
+
+def _without_weight(block):
+    block.norm.weight = None
+    return block
+
+
+@pytest.mark.parametrize("reason", ODD)
+def test_odd_combinations_are_left_to_torch(reason):
+    with dispatch.fused_on_reference(), contextlib.suppress(ValueError):
+        (row,) = cassetta.explain(ODD[reason](), torch.randn(2, 4, 5, 5))
+        assert row.engine == "reference"
+        assert reason in row.reason
+
+
+def test_evaluation_then_training_before_the_backward():
+    """The running statistics that the first pass used are not those that the second one leaves."""
+    net = ConvGroup(2, 4, nb_conv=2, norm="batch", order="cndax").double()
+    inp = torch.randn(2, 4, 5, 5).double().requires_grad_()
+    (expected,) = torch.autograd.grad(net.eval()(inp).sum(), inp)
+    with dispatch.fused_on_reference():
+        out = net.eval()(inp)
+        net.train()(inp)
+        assert_near(torch.autograd.grad(out.sum(), inp)[0], expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo

@@ -7,6 +7,8 @@ from conftest import DEVICE
 from cassetta.kernels import activations, dispatch, ops, reference
 from cassetta.kernels.types import Activation, Fold, Prologue
 
+# numpy says when exp overflows, which leads to the right limits
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 CONSTANTS = {"leaky_relu": (0.1, 0.0), "elu": (1.3, 0.0), "softplus": (2.0, 5.0)}
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 SHAPES = [(2, 5, 7, 9), (1, 3, 40), (2, 21, 5, 6, 7), (1, 1, 1), (3, 4, 1, 1, 1), (1, 2, 5000)]
@@ -146,11 +148,48 @@ def test_the_same_input_gives_the_same_bits(kernels):
 
 
 @pytest.mark.parametrize("name", activations.NAMES)
+def test_special_points_in_relative_terms(name, kernels):
+    """Zeros, tails, kinks and NaN: not hidden by the largest value of an image."""
+    points = [
+        0.0,
+        -0.0,
+        3.0,
+        -3.0,
+        1e-8,
+        -1e-8,
+        1e-4,
+        -1e-4,
+        0.0999,
+        -0.1,
+        0.26,
+        -20.0,
+        -15.0,
+        30.0,
+    ]
+    u = torch.tensor([*points, *torch.linspace(-9, 9, 50).tolist(), float("nan")])
+    x = u.reshape(1, 1, -1).to(kernels)
+    activation = Activation(name, *CONSTANTS.get(name, (0.0, 0.0)))
+    p = Prologue(activation=activation, slope=torch.full((1, 1), 0.3, device=kernels))
+    passes = dispatch.passes(x)
+    g = torch.ones_like(x)
+    for run in (
+        lambda passes, g, x, p: passes.materialize(x, p, None, x.dtype),
+        lambda passes, g, x, p: passes.prologue_dgrad(g, x, p, None, False),
+    ):
+        ours, same = run(passes, g, x, p).double(), run(reference, g, x, p).double()
+        truth = run(reference, *map(double, (g, x, p)))
+        assert ours[..., -1].isnan().all() == truth[..., -1].isnan().all()
+        off, allowed = (ours - truth).abs(), 2 * (same - truth).abs() + 4e-6 * truth.abs() + 1e-15
+        assert (off <= allowed)[..., :-1].all(), u[:-1][(off > allowed)[0, 0, :-1].cpu()]
+
+
+@pytest.mark.parametrize("name", activations.NAMES)
 def test_derivatives_are_those_of_torch(name):
     """The reference's own, against autograd."""
     activation = Activation(name, *CONSTANTS.get(name, (0.0, 0.0)))
     slope = torch.tensor(0.3, dtype=torch.float64)
-    u = torch.linspace(-7, 7, 101, dtype=torch.float64, requires_grad=True)
+    kinks = torch.tensor([0.0, -0.0, 3.0, -3.0], dtype=torch.float64)
+    u = torch.cat([kinks, torch.linspace(-7, 7, 101, dtype=torch.float64)]).requires_grad_()
     (expected,) = torch.autograd.grad(activations.apply(u, activation, slope).sum(), u)
     torch.testing.assert_close(activations.derivative(u, activation, slope).detach(), expected)
 

@@ -123,7 +123,7 @@ class Deferred:
                     track(pooled, count)
             else:
                 table = _table_dtype(self.raw)
-                pooled = Moments(*(one.to(table).expand(n, c) for one in fixed))
+                pooled = Moments(*(one.to(table).expand(n, c).clone() for one in fixed))
                 centre = pooled.mean
             norm = Norm(
                 pooled.mean, (pooled.var + eps).rsqrt(), centre.clone(), before, None,
@@ -175,11 +175,27 @@ def materialize(x: Tensor | Deferred, residual: Tensor | None = None) -> Tensor:
     return _Materialize.apply(x.handle(), *flat(x.prologue), residual)  # type: ignore[return-value]
 
 
+class _Refused(Function):
+    """Its first input as it is; to differentiate it, with respect to any of the others, raises."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *depends_on: Any) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            "the kernels of cassetta have first derivatives only: compute second derivatives "
+            "within `with cassetta.use_backend('reference'):`"
+        )
+
+
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """For the backward of a Function: what it returns cannot be differentiated, and says so.
 
-    (`once_differentiable` says so only if the incoming gradient is part of a graph; that of a sum
-    is not, and second derivatives would silently lack what flows through the saved tensors.)
+    What it returns depends on the incoming gradients and on all that was saved, so those are what
+    refuses is connected to. (`once_differentiable` looks at the incoming gradients only, and that
+    of a sum is part of no graph.)
     """
 
     @functools.wraps(backward)
@@ -188,12 +204,8 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
             return backward(ctx, *grads)
         with torch.no_grad():
             out = backward(ctx, *grads)
-        message = (
-            "the kernels of cassetta have first derivatives only: compute second derivatives "
-            "within `with cassetta.use_backend('reference'):`"
-        )
-        error = torch._C._functions.DelayedError(message, 1)  # type: ignore[attr-defined]
-        return tuple(error(g.requires_grad_()) if isinstance(g, Tensor) else g for g in out)
+        depends_on = [t for t in (*grads, *ctx.saved_tensors) if isinstance(t, Tensor)]
+        return tuple(_Refused.apply(g, *depends_on) if isinstance(g, Tensor) else g for g in out)
 
     return guarded
 
@@ -205,7 +217,8 @@ class _Pending(Function):
     def forward(ctx: Any, x: Tensor, gamma: Any, beta: Any, weight: Any, *rest: Any) -> Tensor:
         s1, t1, name, p, q, slope, s2, t2, mean, rstd, centre, before, after, pool, outer = rest
         tables = (s1, t1, slope, s2, t2, mean, rstd, centre, before, after)
-        ctx.save_for_backward(x, gamma, weight, *tables)
+        needs_x = mean is not None or name != "identity"  # a mere factor does not
+        ctx.save_for_backward(x if needs_x else None, gamma, beta, weight, *tables)
         ctx.activation = (name, p, q)
         ctx.pool, ctx.outer = pool, bool(outer)
         return x.view_as(x)
@@ -213,9 +226,10 @@ class _Pending(Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, g: Tensor) -> tuple:
-        x, gamma, weight, s1, t1, slope, s2, t2, mean, rstd, centre, before, after = (
+        x, gamma, beta, weight, s1, t1, slope, s2, t2, mean, rstd, centre, before, after = (
             ctx.saved_tensors
         )
+        x = g if x is None else x
         prologue = unflat((s1, t1, *ctx.activation, slope, s2, t2))
         to_x, to_gamma, to_beta, to_weight = ctx.needs_input_grad[:4]
         dx = dgamma = dbeta = dweight = fold = None
@@ -233,7 +247,7 @@ class _Pending(Function):
         if to_x:
             dx = ops.prologue_dgrad(g, x, prologue, fold, ctx.outer)
         dgamma = dgamma.to(gamma.dtype) if to_gamma and dgamma is not None else None
-        dbeta = dbeta.to(gamma.dtype) if to_beta and dbeta is not None else None
+        dbeta = dbeta.to(beta.dtype) if to_beta and dbeta is not None else None
         return dx, dgamma, dbeta, dweight, *[None] * 15
 
 
@@ -248,8 +262,7 @@ class _Materialize(Function):
         return ops.materialize(x, unflat(prologue), residual, dtype)
 
     @staticmethod
-    @first_order
-    def backward(ctx: Any, g: Tensor) -> tuple:
+    def backward(ctx: Any, g: Tensor) -> tuple:  # and so theirs, to any order
         return g, *[None] * 8, g if ctx.has_residual else None
 
 

@@ -29,6 +29,7 @@ from cassetta.layers.simple import ModuleGroup, Stack
 LAYERS = {"n": "norm", "c": "conv", "d": "dropout", "a": "activation", "x": "attention"}
 
 
+@fusing.fuses
 class ConvBlock(Stack):
     """One convolution with its norm, dropout, activation and attention, in any order.
 
@@ -129,9 +130,10 @@ class ConvBlock(Stack):
     def defer(self, x: Deferred) -> Deferred:
         """`forward` of what x stands for, which need not be computed on the way."""
         check.image(x.raw, self.ndim, self.inp_channels)
-        layers: dict[str, Any] = {letter: getattr(self, LAYERS[letter]) for letter in self.order}
+        names = {letter: LAYERS[letter] for letter in self.order}
+        layers: dict[str, Any] = {n: getattr(self, name, None) for n, name in names.items()}
         why = None
-        if len(self) > sum(layer is not None for layer in layers.values()):
+        if self._modules.keys() - set(names.values()):
             why = "layers were appended to it"
         why = why or fusing.why_plain(layers, x)
         fusing.note(self, why)

@@ -5,6 +5,7 @@ Containers call it where nobody can tell the difference: where the module is as 
 carries no hook. Any other module meets tensors, as always.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,18 +21,31 @@ from cassetta.layers.conv import Conv
 from cassetta.layers.dropout import ChannelDropout
 from cassetta.layers.norm import BatchNorm, InstanceNorm, LayerNorm, check_statistics
 
-_BATCH = (BatchNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_INSTANCE = (InstanceNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-_GROUP = (LayerNorm, nn.GroupNorm)
-_DROPOUT = (ChannelDropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_ANY = (1, 2, 3)  # for how many spatial dimensions a layer is made
+_BATCH: dict[type, tuple[int, ...]] = {
+    BatchNorm: _ANY, nn.SyncBatchNorm: _ANY,
+    nn.BatchNorm1d: (1,), nn.BatchNorm2d: (2,), nn.BatchNorm3d: (3,),
+}  # fmt: skip
+_INSTANCE: dict[type, tuple[int, ...]] = {
+    InstanceNorm: _ANY,
+    nn.InstanceNorm1d: (1,), nn.InstanceNorm2d: (2,), nn.InstanceNorm3d: (3,),
+}  # fmt: skip
+_GROUP: dict[type, tuple[int, ...]] = {LayerNorm: _ANY, nn.GroupNorm: _ANY}
+_NORM = {**_BATCH, **_INSTANCE, **_GROUP}
+_DROPOUT: dict[type, tuple[int, ...]] = {
+    ChannelDropout: _ANY,
+    nn.Dropout1d: (1,),
+    nn.Dropout2d: (2,),
+    nn.Dropout3d: (3,),
+}
 
-_log: list[tuple[nn.Module, str | None]] | None = None
-"""Which blocks ran, and why not fused (None if they were), while somebody asks."""
+_listener = threading.local()
+"""`log`: which blocks ran in this thread, and why not fused, while somebody asks."""
 
 
 def run(module: nn.Module, x: Tensor | Deferred) -> Tensor | Deferred:
     """What the module makes of x, pending transforms and all if it can hand them on."""
-    if _is_bare(module) and _defers(type(module)):
+    if _defers(module):
         return module.defer(defer(x))  # type: ignore[operator]
     return module(materialize(x))
 
@@ -44,18 +58,19 @@ def run_as_written(module: nn.Module, x: Tensor | Deferred) -> Tensor:
 @contextmanager
 def listening() -> Iterator[list[tuple[nn.Module, str | None]]]:
     """What is noted in this block of code, in the order of execution."""
-    global _log
-    before, _log = _log, []
+    before = getattr(_listener, "log", None)
+    _listener.log = log = []
     try:
-        yield _log
+        yield log
     finally:
-        _log = before
+        _listener.log = before
 
 
 def note(block: nn.Module, why: str | None) -> None:
     """Tell who asks that a block ran, fused (None) or not, and then why not."""
-    if _log is not None:
-        _log.append((block, why))
+    log = getattr(_listener, "log", None)
+    if log is not None:
+        log.append((block, why))
 
 
 def why_plain(layers: dict[str, nn.Module | None], x: Deferred) -> str | None:
@@ -74,17 +89,26 @@ def why_plain(layers: dict[str, nn.Module | None], x: Deferred) -> str | None:
         return f"its convolution is a {type(conv).__name__}"
     if conv.padding_mode != "zeros":
         return f"padding_mode={conv.padding_mode!r}"
-    if norm is not None and type(norm) not in (*_BATCH, *_INSTANCE, *_GROUP):
-        return f"no kernel has the norm {type(norm).__name__}"
+    if norm is not None and (why := _why_no_norm(norm, x.raw)):
+        return why
     if activation is not None and activation_of(activation) is None:
         return f"no kernel has the activation {type(activation).__name__}"
-    if dropout is not None and type(dropout) not in _DROPOUT:
-        return f"no kernel has the dropout {type(dropout).__name__}"
+    if dropout is not None and x.raw.ndim - 2 not in _DROPOUT.get(type(dropout), ()):
+        return f"no kernel has the dropout {type(dropout).__name__} in {x.raw.ndim - 2}-D"
     if x.raw.shape[0] == 0:
         return "the batch is empty"
     if isinstance(norm, nn.SyncBatchNorm) and _process_group(norm) is not None:
         return None  # torch's own is for GPUs only
     return dispatch.why_reference(x.raw)
+
+
+def _why_no_norm(norm: Any, x: Tensor) -> str | None:
+    """Combinations that torch would refuse, or take otherwise, are left to it."""
+    if x.ndim - 2 not in _NORM.get(type(norm), ()):
+        return f"no kernel has the norm {type(norm).__name__} in {x.ndim - 2}-D"
+    if (norm.weight is None) != (norm.bias is None):
+        return f"its {type(norm).__name__} has a weight or a bias, but not both"
+    return None
 
 
 def activation_of(module: nn.Module) -> Activation | None:
@@ -106,7 +130,8 @@ def activation_of(module: nn.Module) -> Activation | None:
 def normalized(x: Deferred, norm: Any) -> Deferred:
     """A norm of torch or of ours as a step, its running statistics kept as its own forward does."""
     n, c, *size = x.raw.shape
-    groups = type(norm) in _GROUP
+    kind = type(norm)
+    groups = kind in _GROUP
     channels = norm.num_channels if groups else norm.num_features
     if c != channels:
         raise ValueError(
@@ -115,15 +140,14 @@ def normalized(x: Deferred, norm: Any) -> Deferred:
     check_statistics(norm, n, size, "")
     if groups:
         return x.normalized(norm.weight, norm.bias, norm.eps, Pool("group", norm.num_groups))
-    batch = type(norm) in _BATCH
-    fixed = None
-    if not norm.training and norm.running_mean is not None:
-        fixed = Moments(norm.running_mean, norm.running_var)
+    batch, known = kind in _BATCH, norm.running_mean is not None
+    own = norm.training or not (known if batch else norm.track_running_stats)  # statistics
+    fixed = None if own else Moments(norm.running_mean, norm.running_var)
     pool = Pool("batch" if batch else "instance")
     if batch and fixed is None and isinstance(norm, nn.SyncBatchNorm):
         pool = pool._replace(process_group=_process_group(norm))
     track = None
-    if norm.training and norm.running_mean is not None:
+    if own and known and (norm.track_running_stats or not batch):
         track = lambda moments, count: _track(norm, moments, count)  # noqa: E731
     return x.normalized(norm.weight, norm.bias, norm.eps, pool, fixed, track)
 
@@ -167,26 +191,34 @@ def _process_group(norm: nn.SyncBatchNorm) -> Any:
     return group if dist.get_world_size(group) > 1 else None
 
 
+def fuses(kind: type) -> type:
+    """Class decorator: `defer` may stand for this `forward`, and for no other."""
+    _FORWARD[kind] = kind.forward  # type: ignore[attr-defined]
+    return kind
+
+
+_FORWARD: dict[type, Any] = {}
+
+
+def _defers(module: nn.Module) -> bool:
+    """Whether `module.defer` does what calling it does: nobody has put another forward there."""
+    kind = type(module)
+    own = next((_FORWARD[base] for base in kind.__mro__ if base in _FORWARD), None)
+    return own is not None and kind.forward is own and _is_bare(module)
+
+
 def _is_bare(module: nn.Module) -> bool:
-    """Whether nobody listens to this module: no hooks, no forward of its own."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or torch_module._has_any_global_hook()
+    """Whether calling this module is calling the forward of its class, and nothing else."""
+    return (
+        type(module).__call__ is nn.Module.__call__
+        and "forward" not in module.__dict__
+        and module._compiled_call_impl is None
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and not torch_module._has_any_global_hook()
     )
-
-
-def _defers(kind: type) -> bool:
-    """Whether a class has `defer`, and no subclass of that one has another `forward`."""
-    for base in kind.__mro__:
-        if "defer" in base.__dict__:
-            return True
-        if "forward" in base.__dict__:
-            return False
-    return False
 
 
 _PLAIN: dict[type[nn.Module], str] = {

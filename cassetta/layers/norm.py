@@ -188,7 +188,7 @@ def check_statistics(module: nn.Module, batch: int, size: Sequence[int], where: 
         return
     for norm in module.modules():
         if isinstance(norm, _BatchNorm):
-            values = batch * voxels if norm.training else 2
+            values = batch * voxels if norm.training or norm.running_mean is None else 2
         elif isinstance(norm, _InstanceNorm):
             values = voxels if norm.training or not norm.track_running_stats else 2
         elif isinstance(norm, nn.GroupNorm):

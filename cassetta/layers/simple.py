@@ -82,6 +82,7 @@ class Hadamard(nn.Module):
         return torch.cat(self(*x.chunk(2, dim=1)), dim=1)
 
 
+@fusing.fuses
 class ModuleSum(nn.ModuleList):
     """Apply modules side by side to the same input and sum their outputs, of the same shape."""
 
@@ -160,6 +161,7 @@ class Chain(Stack):
         return [module.out_channels for module in self]
 
 
+@fusing.fuses
 class ModuleGroup(Chain):
     """Modules one after the other, perhaps with residual connections around each.
 
