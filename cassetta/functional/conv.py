@@ -102,6 +102,7 @@ class _Convolution(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, *rest: Any) -> Tensor:
         s1, t1, name, p, q, slope, s2, t2, stride, padding, dilation, groups, dtype, *act = rest
+        ctx.nb_others = len(rest)
         ctx.geometry = stride, padding, dilation, groups
         ctx.inner, ctx.outer, ctx.dtype = (name, p, q), tuple(act), dtype
         z = _operand(x, unflat((s1, t1, name, p, q, slope, s2, t2)), dtype)
@@ -129,7 +130,7 @@ class _Convolution(Function):
             z = x.to(ctx.dtype)  # only its shape and layout matter
         to = (needs[0], needs[1], needs[2])
         dx, dw, db = reference.conv_backward(g, z, w, b, Geometry(*ctx.geometry), to)
-        return dx, dw, db, *[None] * 16
+        return dx, dw, db, *[None] * ctx.nb_others
 
 
 def _operand(x: Tensor, prologue: Prologue, dtype: torch.dtype) -> Tensor:

@@ -142,7 +142,7 @@ class Deferred:
             gamma, beta = self.affine
             given = (self.raw, gamma, beta, self.weight)
             if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
-                norm = (None,) * 7 if self.norm is None else self.norm
+                norm = (None,) * len(Norm._fields) if self.norm is None else self.norm
                 self._handle = _Pending.apply(*given, *flat(self.prologue), *norm)
             else:
                 self._handle = self.raw
@@ -220,7 +220,7 @@ class _Pending(Function):
         needs_x = mean is not None or name != "identity"  # a mere factor does not
         ctx.save_for_backward(x if needs_x else None, gamma, beta, weight, *tables)
         ctx.activation = (name, p, q)
-        ctx.pool, ctx.outer = pool, bool(outer)
+        ctx.pool, ctx.outer, ctx.nb_others = pool, bool(outer), len(rest)
         return x.view_as(x)
 
     @staticmethod
@@ -248,7 +248,7 @@ class _Pending(Function):
             dx = ops.prologue_dgrad(g, x, prologue, fold, ctx.outer)
         dgamma = dgamma.to(gamma.dtype) if to_gamma and dgamma is not None else None
         dbeta = dbeta.to(beta.dtype) if to_beta and dbeta is not None else None
-        return dx, dgamma, dbeta, dweight, *[None] * 15
+        return dx, dgamma, dbeta, dweight, *[None] * ctx.nb_others
 
 
 class _Materialize(Function):
@@ -258,12 +258,12 @@ class _Materialize(Function):
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
         *prologue, residual = rest
         dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-        ctx.has_residual = residual is not None
+        ctx.has_residual, ctx.nb_others = residual is not None, len(prologue)
         return ops.materialize(x, unflat(prologue), residual, dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # and so theirs, to any order
-        return g, *[None] * 8, g if ctx.has_residual else None
+        return g, *[None] * ctx.nb_others, g if ctx.has_residual else None
 
 
 def _table_dtype(x: Tensor) -> torch.dtype:
