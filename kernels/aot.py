@@ -20,8 +20,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cassetta.kernels import activations, configs, pointwise, reductions, tile
-from cassetta.kernels.types import Activation, Fold, Prologue
+from cassetta.kernels import activations, configs, finalize, pointwise, reductions, tile
+from cassetta.kernels.types import Activation, Fold, Pooling, Prologue
 
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
 """Bytes of shared memory that one program may use, by compute capability."""
@@ -55,7 +55,7 @@ def recorded(arch: int, case: str, reports: list[Report]) -> Iterator[None]:
     """Compile for `arch` (80, 90, 100) what is launched in this block, instead of running it."""
 
     def compile_instead(kernel: Any, x: Tensor, config: Any, *args: Any, **constants: Any) -> None:
-        constants |= {"BLOCK_V": config.block_v, "BLOCK_C": config.block_c}
+        constants |= config.blocks
         found = _compiled(kernel, _signature(kernel, args, constants), config.warps, arch)
         reports.append(Report(kernel.fn.__name__.strip("_"), case, arch, *found))
 
@@ -109,10 +109,17 @@ def _run_passes(x: Tensor, name: str, full: bool, after: bool) -> None:
     slope = one if name == "prelu" else None
     p = Prologue(*tables, Activation(name, 1.0, 20.0), slope, *tables)
     fold = Fold(one, one, one) if full else None
-    reductions.moments(x, p)
+    own = reductions.moments(x, p)
     pointwise.materialize(x, p, x if full else None, x.dtype)
+    reductions.materialize_moments(x, p, x if full else None, x.dtype)
     reductions.prologue_sums(x, x, p, one, fold, after)
     pointwise.prologue_dgrad(x, x, p, fold, after)
+    factor = one if full else None
+    gamma = torch.empty(c, dtype=x.dtype, device="meta") if after else None
+    sums = torch.empty(3, n, c, dtype=torch.float32, device="meta")
+    for pooling in (Pooling("batch"), Pooling("instance"), Pooling("group"), Pooling("fixed")):
+        finalize.norm_finalize(own, factor, gamma, gamma, 1e-5, pooling)
+        finalize.norm_finalize_backward(sums, *[one] * 3, factor, factor, gamma, 8, pooling)
 
 
 def _signature(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> Any:
@@ -122,16 +129,16 @@ def _signature(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) ->
     attributes: dict[tuple[int, ...], Any] = {}
     values = dict(zip(kernel.arg_names, args, strict=False)) | constants
     for i, name in enumerate(kernel.arg_names):
-        value = values[name]
+        value, special = values[name], not kernel.params[i].do_not_specialize
         if isinstance(value, Tensor):
             types[name] = _TYPES[value.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]
-        elif name in constants or value is None or (type(value) is int and value == 1):
+        elif name in constants or value is None or (special and type(value) is int and value == 1):
             types[name] = "constexpr"
             fixed[(i,)] = value
         elif isinstance(value, int):
             types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and special:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             types[name] = "fp32"

@@ -15,7 +15,25 @@ class Config(NamedTuple):
     loops: int  # tiles that a program visits, one after the other along the voxels
     chunks: int  # programs along the voxels
     c_blocks: int  # programs along the channels
-    warps: int
+    programs: int
+    warps: int = 8
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        return {"BLOCK_V": self.block_v, "BLOCK_C": self.block_c}
+
+
+class PoolConfig(NamedTuple):
+    """The launch of a pass over the pools of a table (N, C)."""
+
+    block_p: int  # pools of a tile
+    block_m: int  # members of each
+    programs: int
+    warps: int = 4
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        return {"BLOCK_P": self.block_p, "BLOCK_M": self.block_m}
 
 
 TILE = 2048
@@ -44,13 +62,21 @@ def over_voxels(n: int, c: int, v: int, channels_last: bool, reduce: bool) -> Co
     loops = 1
     if reduce:  # enough programs to fill a large GPU come first, then few partial results
         loops = max(1, min(REDUCED, tiles * n * c_blocks // 2048, tiles))
-    return Config(block_v, block_c, loops, -(-tiles // loops), c_blocks, 8)
+    chunks = -(-tiles // loops)
+    return Config(block_v, block_c, loops, chunks, c_blocks, n * c_blocks * chunks)
 
 
-def over_chunks(c: int) -> Config:
+def over_chunks(n: int, c: int) -> Config:
     """The launch of the second stage of a reduction: a program per sample and block of channels."""
     block_c = min(_power(c), 16)
-    return Config(64, block_c, 1, 1, -(-c // block_c), 4)
+    c_blocks = -(-c // block_c)
+    return Config(64, block_c, 1, 1, c_blocks, n * c_blocks, 4)
+
+
+def over_pools(pools: int, members: int) -> PoolConfig:
+    """The launch over pools that are walked through, or, of a single member, side by side."""
+    block_p, block_m = (128, 1) if members == 1 else (8, 16)
+    return PoolConfig(block_p, block_m, -(-pools // block_p))
 
 
 def dtypes() -> tuple[torch.dtype, ...]:

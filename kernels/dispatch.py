@@ -27,9 +27,10 @@ BACKENDS = ("auto", "triton", "reference")
 ENVIRONMENT = "CASSETTA_BACKEND"
 INTERPRET = "TRITON_INTERPRET"
 
-SMALL = 2**18
+SMALL = 2**21
 """Images with fewer elements stay with plain PyTorch in "auto": a kernel is not faster than the
-time it takes to start it. A guess, until it is measured."""
+time it takes to start it, and a norm starts some ten, of which each saves a pass over megabytes or
+saves nothing. A guess, until it is measured."""
 
 
 class BackendError(RuntimeError):
@@ -185,7 +186,7 @@ def implementation() -> ModuleType:
 
 
 def passes(x: Tensor) -> Any:
-    """Who runs the passes over this image: `moments`, `materialize`, `prologue_sums`, ..._dgrad."""
+    """Who runs the passes over this image (or table): `moments`, `materialize`, ..."""
     if _on_reference_passes or why_no_triton() or x.dtype not in configs.dtypes():
         return reference
     on_its_device = x.device.type == ("cpu" if is_interpreted() else "cuda")
@@ -194,13 +195,20 @@ def passes(x: Tensor) -> Any:
 
 @functools.cache
 def _triton_passes() -> Any:
-    pointwise = importlib.import_module("cassetta.kernels.pointwise")  # which imports triton
-    reductions = importlib.import_module("cassetta.kernels.reductions")
+    """Which import triton, and so are not imported before they are needed."""
+    finalize, flops, pointwise, reductions = (
+        importlib.import_module(f"cassetta.kernels.{name}")
+        for name in ("finalize", "flops", "pointwise", "reductions")
+    )
+    flops.register()
     return SimpleNamespace(
         moments=reductions.moments,
         materialize=pointwise.materialize,
+        materialize_moments=reductions.materialize_moments,
         prologue_sums=reductions.prologue_sums,
         prologue_dgrad=pointwise.prologue_dgrad,
+        norm_finalize=finalize.norm_finalize,
+        norm_finalize_backward=finalize.norm_finalize_backward,
     )
 
 

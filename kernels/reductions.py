@@ -20,13 +20,14 @@ from cassetta.kernels.types import Fold, Moments, Prologue
 
 @triton.jit
 def _moments_kernel(
-    x_ptr, mean_ptr, m2_ptr, s1_ptr, t1_ptr, slope_ptr, p, q, C, V, x_n, x_c, x_v,
-    chunks, c_blocks, loops,
+    x_ptr, mean_ptr, m2_ptr, s1_ptr, t1_ptr, slope_ptr, s2_ptr, t2_ptr, r_ptr, z_ptr, p, q, C, V,
+    x_n, x_c, x_v, r_n, r_c, r_v, z_n, z_c, z_v, chunks, c_blocks, loops,
     ACT: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     chunk, n, c = tile.place(chunks, c_blocks, BLOCK_C)
     s1, t1 = tile.row(s1_ptr, n, c, C, 1.0), tile.row(t1_ptr, n, c, C, 0.0)
     slope = tile.row(slope_ptr, n, c, C, 0.0)
+    s2, t2 = tile.row(s2_ptr, n, c, C, 1.0), tile.row(t2_ptr, n, c, C, 0.0)
     mean = tl.zeros((BLOCK_V, BLOCK_C), tl.float32)
     m2 = tl.zeros((BLOCK_V, BLOCK_C), tl.float32)
     count = tl.zeros((BLOCK_V, 1), tl.float32)
@@ -37,6 +38,15 @@ def _moments_kernel(
         at = x_ptr + n.to(tl.int64) * x_n + tile.offsets(v, c, x_c, x_v, WIDE)
         u = s1 * tl.load(at, mask=inside, other=0.0).to(tl.float32) + t1
         value = tile.activation(u, p, q, slope, ACT)
+        if z_ptr is not None:  # the value is that of z, as it is stored
+            value = s2 * value + t2
+            if r_ptr is not None:
+                r_at = r_ptr + n.to(tl.int64) * r_n + tile.offsets(v, c, r_c, r_v, WIDE)
+                value += tl.load(r_at, mask=inside, other=0.0).to(tl.float32)
+            z = value.to(z_ptr.dtype.element_ty)
+            z_at = z_ptr + n.to(tl.int64) * z_n + tile.offsets(v, c, z_c, z_v, WIDE)
+            tl.store(z_at, z, mask=inside)
+            value = z.to(tl.float32)
         delta = tl.where(inside, value - mean, 0.0)
         mean += delta * (1.0 / (i + 1.0))
         m2 += delta * (value - mean)
@@ -84,19 +94,35 @@ def _combine_kernel(
 
 
 def moments(x: Tensor, p: Prologue) -> Moments:
+    return _moments(x, p._replace(s2=None, t2=None), None, None)
+
+
+def materialize_moments(
+    x: Tensor, p: Prologue, residual: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    z = tile.like(x, dtype)
+    return z, *_moments(x, p, residual, z)
+
+
+def _moments(x: Tensor, p: Prologue, residual: Tensor | None, z: Tensor | None) -> Moments:
+    """Of z, which is written; or, if there is no z to write, of what is before its last affine."""
     x, x_strides = tile.strided(x)
+    residual, r_strides = (None, (0, 0, 0)) if residual is None else tile.strided(residual)
+    z, z_strides = (None, (0, 0, 0)) if z is None else tile.strided(z)
     n, c = x.shape[:2]
     config = configs.of(x, x_strides, reduce=True)
     options = {"dtype": torch.float32, "device": x.device}
     means, m2s = (torch.empty(n, config.chunks, c, **options) for _ in range(2))
     mean, var = (torch.empty(n, c, **options) for _ in range(2))
+    images = [one for one in (x, residual, z) if one is not None]
     tile.launch(
         _moments_kernel, x, config,
-        x, means, m2s, p.s1, p.t1, p.slope, p.activation.p, p.activation.q, c, tile.voxels(x),
-        *x_strides, config.chunks, config.c_blocks, config.loops,
-        ACT=p.activation.name, WIDE=tile.is_wide(x),
+        x, means, m2s, p.s1, p.t1, p.slope, p.s2, p.t2, residual, z,
+        p.activation.p, p.activation.q, c, tile.voxels(x), *x_strides, *r_strides, *z_strides,
+        config.chunks, config.c_blocks, config.loops,
+        ACT=p.activation.name, WIDE=tile.is_wide(*images),
     )  # fmt: skip
-    second = configs.over_chunks(c)
+    second = configs.over_chunks(n, c)
     tile.launch(
         _combine_kernel, x, second,
         means, m2s, mean, var, c, tile.voxels(x), config.loops * config.block_v, config.chunks,
@@ -151,7 +177,7 @@ def _prologue_sums_kernel(
 
 def prologue_sums(
     g: Tensor, x: Tensor, p: Prologue, centre: Tensor, fold: Fold | None, after: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Tensor:
     g, g_strides = tile.strided(g)
     x, x_strides = tile.strided(x)
     n, c = x.shape[:2]
@@ -165,5 +191,4 @@ def prologue_sums(
         config.c_blocks, config.loops,
         ACT=p.activation.name, AFTER=after, WIDE=tile.is_wide(g, x),
     )  # fmt: skip
-    sum_h, sum_hb, sum_slope = (part.sum(1) for part in out)  # not views of one tensor
-    return sum_h, sum_hb, sum_slope
+    return out.sum(2)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cassetta.kernels import activations
-from cassetta.kernels.types import Fold, Geometry, Moments, Prologue
+from cassetta.kernels.types import Fold, Geometry, Moments, Pooling, Prologue
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -82,10 +82,18 @@ def materialize(x: Tensor, p: Prologue, residual: Tensor | None, dtype: torch.dt
     return z.to(dtype)
 
 
+def materialize_moments(
+    x: Tensor, p: Prologue, residual: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`materialize`, and the mean and variance of what it stores."""
+    z = materialize(x, p, residual, dtype)
+    return z, *moments(z, Prologue())
+
+
 def prologue_sums(
     g: Tensor, x: Tensor, p: Prologue, centre: Tensor, fold: Fold | None, after: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over the voxels of what the gradient g of z gives to b, and to the slope: (N, C) each.
+) -> Tensor:
+    """Sums over the voxels of what the gradient g of z gives to b, and to the slope: (3, N, C).
 
     b is v = act(s1 x + t1), the value after the activation, or x, the value before:
 
@@ -103,7 +111,7 @@ def prologue_sums(
         h, b = outer * activations.derivative(u, p.activation, _slope(p, x)), x.to(u.dtype)
     space = tuple(range(2, x.ndim))
     slope = (outer * u.clamp(max=0)).sum(space)
-    return h.sum(space), (h * (b - _over(centre, x))).sum(space), slope
+    return torch.stack([h.sum(space), (h * (b - _over(centre, x))).sum(space), slope])
 
 
 def prologue_dgrad(g: Tensor, x: Tensor, p: Prologue, fold: Fold | None, after: bool) -> Tensor:
@@ -124,6 +132,86 @@ def prologue_dgrad(g: Tensor, x: Tensor, p: Prologue, fold: Fold | None, after: 
     if fold is not None and not after:
         dx = dx + _folded(fold, x.to(u.dtype))
     return dx.to(x.dtype)
+
+
+def norm_finalize(
+    own: Moments, before: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float,
+    pooling: Pooling,
+) -> Tensor:  # fmt: skip
+    """The statistics of a norm, and the affine it amounts to: mean, var, rstd, scale, shift.
+
+    With b the value whose moments are `own`, and f the factor `before` (N, C), what is normalized
+    is v = f b, and gamma (v - mean) rstd + beta = scale b + shift. "fixed" moments are those of v.
+
+    Returns a tensor (5, N, C).
+    """
+    mean, var = own
+    if before is not None and pooling.kind != "fixed":
+        mean, var = before * mean, before.square() * var
+    apart = mean
+    mean = _pooled(mean, pooling)
+    var = _pooled(var + (apart - mean).square(), pooling)  # Chan et al. (1979)
+    rstd = (var + eps).rsqrt()
+    scale = rstd if gamma is None else rstd * gamma.to(rstd.dtype)
+    shift = -mean * scale if beta is None else beta.to(rstd.dtype) - mean * scale
+    scale = scale if before is None else scale * before
+    return torch.stack([mean, var, rstd, scale, shift])
+
+
+def norm_finalize_backward(
+    sums: Tensor, mean: Tensor, rstd: Tensor, centre: Tensor, before: Tensor | None,
+    after: Tensor | None, gamma: Tensor | None, voxels: int, pooling: Pooling,
+) -> Tensor:  # fmt: skip
+    """Shares of each sample in the gradients of gamma and beta, and what flows through the moments.
+
+    `sums` (>= 2, N, C) are those of G and of G (b - centre), G being the gradient of what leaves
+    the norm times the factor `after`. The gradient of b is scale G + a + k (b - centre).
+
+    Returns a tensor (4, N, C) of dgamma, dbeta, a, k; a and k are 0 for "fixed" moments.
+    """
+    dgamma, dbeta = norm_shares(sums, mean, rstd, centre, before, after)
+    if pooling.kind == "fixed":
+        zero = torch.zeros_like(dbeta)
+        return torch.stack([dgamma, dbeta, zero, zero])
+    k = 1.0 if gamma is None else gamma.to(dbeta.dtype)
+    m0, m1 = (_pooled(share * k / voxels, pooling) for share in (dbeta, dgamma))
+    return torch.stack([dgamma, dbeta, *norm_fold(m0, m1, mean, rstd, centre, before)])
+
+
+def norm_shares(
+    sums: Tensor, mean: Tensor, rstd: Tensor, centre: Tensor, before: Tensor | None,
+    after: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Shares (N, C) of each sample in the gradients of gamma and beta."""
+    sum_g, sum_gb = sums[0], sums[1]
+    middle = centre if before is None else before * centre
+    spread = sum_gb if before is None else before * sum_gb
+    dgamma, dbeta = rstd * (spread + (middle - mean) * sum_g), sum_g
+    return (dgamma, dbeta) if after is None else (after * dgamma, after * dbeta)
+
+
+def norm_fold(
+    m0: Tensor, m1: Tensor, mean: Tensor, rstd: Tensor, centre: Tensor, before: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """a and k (N, C), from the means over each pool of the gradients of w and of w times w.
+
+    w = (v - mean) rstd is what gamma multiplies.
+    """
+    middle = centre if before is None else before * centre
+    a = -rstd * (m0 + rstd * m1 * (middle - mean))
+    k = -rstd.square() * m1
+    return (a, k) if before is None else (before * a, before.square() * k)
+
+
+def _pooled(table: Tensor, pooling: Pooling) -> Tensor:
+    """The mean of each pool, at each of its members (N, C)."""
+    n, c = table.shape
+    if pooling.kind == "batch":
+        return table.mean(0, keepdim=True).expand(n, c)
+    if pooling.kind == "group":
+        pools = (n, pooling.groups, c // pooling.groups)
+        return table.reshape(pools).mean(-1, True).expand(pools).reshape(n, c)
+    return table
 
 
 def _inner(x: Tensor, p: Prologue) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cassetta.kernels.configs import Config
+from cassetta.kernels.configs import Config, PoolConfig
 
 
 @triton.jit
@@ -183,12 +183,10 @@ def like(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(x, dtype=dtype)
 
 
-def launch(kernel: Any, x: Tensor, config: Config, *args: Any, **constants: Any) -> None:
+def launch(
+    kernel: Any, x: Tensor, config: Config | PoolConfig, *args: Any, **constants: Any
+) -> None:
     """Start the kernel on the device of x, which need not be the current one."""
-    programs = x.shape[0] * config.c_blocks * config.chunks
-    if programs:
+    if config.programs:
         with torch.cuda.device_of(x):
-            kernel[(programs,)](
-                *args, **constants, BLOCK_V=config.block_v, BLOCK_C=config.block_c,
-                num_warps=config.warps,
-            )  # fmt: skip
+            kernel[(config.programs,)](*args, **constants, **config.blocks, num_warps=config.warps)

@@ -50,6 +50,25 @@ class Moments(NamedTuple):
     var: Tensor
 
 
+class Pooling(NamedTuple):
+    """Which of the (N, C) channels of an image share their statistics.
+
+    `kind` is "batch" (over samples), "instance" (none), "group" (`groups` of channels of a sample),
+    or "fixed": the statistics are given, and no gradient flows through them.
+    """
+
+    kind: str
+    groups: int = 1
+
+    def pools(self, n: int, c: int) -> tuple[int, int, int, int]:
+        """How many pools, members of each, and the steps in a table (N, C) between either."""
+        if self.kind == "batch":
+            return c, n, 1, c
+        if self.kind == "group":
+            return n * self.groups, c // self.groups, c // self.groups, 1
+        return n * c, 1, 1, 0
+
+
 class Fold(NamedTuple):
     """What the gradient of a value b gains from the statistics of b: a + k (b - centre), (N, C)."""
 

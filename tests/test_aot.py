@@ -32,14 +32,14 @@ triton.compile = spy
 with aot.recorded({arch}, "", []):
     aot._run_passes(aot._image(torch.bfloat16, "{layout}"), "relu", True, True)
 for name, ptx in found:
-    if "combine" in name:
+    if "combine" in name or "finalize" in name:  # of small tables
         continue
     wide = re.findall(r"(ld|st)\\.global\\S*\\.v4\\.b32", ptx)
     narrow = re.findall(r"(?:ld|st)\\.global\\S*\\.b16", ptx)
     print(name, len(wide) > 0, len(narrow))
 """)
     rows = [line.split() for line in out.splitlines()]
-    assert len(rows) == 4
+    assert len(rows) == 5
     for name, wide, narrow in rows:
         assert (wide, narrow) == ("True", "0"), name
 
@@ -66,7 +66,9 @@ triton.compile = spy
 for name in activations.NAMES:
     with aot.recorded(90, "", []):
         aot._run_passes(aot._image(torch.float32, "1-D"), name, True, True)
-print(sum(len(re.findall(r"(?:max|min)\\.f32", built.asm["ptx"])) for built in found
-          if "combine" not in built.metadata.name))
+for built in found:
+    least = len(re.findall(r"(?:max|min)\\.f32", built.asm["ptx"]))
+    of_counts = built.metadata.name == "_moments_kernel"  # the number of voxels, which is no NaN
+    assert least == of_counts, (built.metadata.name, least)
 """)
-    assert out == "5" or int(out) <= len("moments") * 2, out
+    assert out == ""

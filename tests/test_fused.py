@@ -7,15 +7,17 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import cassetta
 from cassetta.backbones import ATrousNet, ConvEncoder, MeshNet, UNet
 from cassetta.functional import Deferred, defer, materialize
 from cassetta.functional.norm import Pool
-from cassetta.kernels import dispatch
+from cassetta.kernels import dispatch, ops
 from cassetta.kernels.types import Activation
-from cassetta.layers import ChannelDropout, ConvBlock, ConvGroup
+from cassetta.layers import ChannelDropout, ConvBlock, ConvGroup, ModuleSum
 from cassetta.models import SegNet
 
 from compare import assert_near
@@ -159,6 +161,67 @@ def test_every_word_of_steps_equals_doing_it_at_once():
             for letter in word:
                 x, z = steps[letter](x), plain[letter](z)
             assert_near(materialize(x), z)
+
+
+class Counted(TorchDispatchMode):
+    """The operators that run, by name."""
+
+    def __enter__(self):
+        self.ran = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ran.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+    def count(self, word):
+        return sum(word in name for name in self.ran)
+
+
+def test_a_norm_costs_a_handful_of_launches():
+    """On a small image the time of a step is that of its launches."""
+    net = ConvGroup(3, 8, norm="instance", order="cndax")
+    inp = torch.randn(2, 8, 4, 4, 4, requires_grad=True)
+    with dispatch.fused_on_reference():
+        with Counted() as forward:
+            out = net(inp)
+        with Counted() as backward:
+            out.backward(torch.randn_like(out))
+    views = ("view", "unbind", "select", "slice", "detach", "randn")
+    launches = [
+        [name for name in counted.ran if not any(view in name for view in views)]
+        for counted in (forward, backward)
+    ]
+    assert sorted(name.split(".")[1] for name in launches[0]) == [
+        "convolution", "materialize", "moments", "norm_finalize",
+    ]  # fmt: skip
+    assert sorted(name.split(".")[1] for name in launches[1]) == [
+        "convolution_backward", "norm_finalize_backward", "prologue_dgrad", "prologue_sums", "sum",
+    ]  # fmt: skip
+
+
+def test_a_sum_leaves_its_moments_for_the_norm_that_follows():
+    net = ConvGroup(2, 4, nb_conv=3, norm="batch", residual=True)  # the norm comes first
+    net.append(ModuleSum([ConvBlock(2, 4, 4, norm="instance") for _ in range(2)]))
+    with dispatch.fused_on_reference(), Counted() as counted:
+        net(torch.randn(2, 4, 5, 5))
+    assert counted.count("materialize_moments") == 3
+    assert counted.count("cassetta.moments") == 1  # of the input
+
+
+def test_torch_counts_the_operations_of_the_plain_network():
+    net, shape = NETS["unet"]()
+    counts = []
+    for context in (contextlib.nullcontext(), dispatch.fused_on_reference()):
+        with context, FlopCounterMode(display=False) as counter:
+            net(torch.randn(shape)).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+def test_every_pass_has_a_formula_once_kernels_ran(kernels):
+    ConvBlock(2, 4, 4, norm="batch").to(kernels)(torch.randn(2, 4, 5, 5, device=kernels))
+    assert {getattr(torch.ops.cassetta, name) for name in ops.NAMES} <= set(flop_registry)
 
 
 def test_what_is_pending_is_applied_once():

@@ -5,7 +5,7 @@ import torch
 from conftest import DEVICE
 
 from cassetta.kernels import activations, dispatch, ops, reference
-from cassetta.kernels.types import Activation, Fold, Prologue
+from cassetta.kernels.types import Activation, Fold, Moments, Pooling, Prologue
 
 # numpy says when exp overflows, which leads to the right limits
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -31,6 +31,10 @@ def results(passes, x, g, r, p, fold):
     out = dict(zip(("mean", "var"), passes.moments(x, p), strict=True))
     out["z"] = passes.materialize(x, p, None, x.dtype)
     out["z + r"] = passes.materialize(x, p, r, x.dtype)
+    for word, residual in (("", None), (" + r", r)):
+        names = (f"z{word}, with moments", f"mean of z{word}", f"var of z{word}")
+        found = passes.materialize_moments(x, p, residual, x.dtype)
+        out |= dict(zip(names, found, strict=True))
     for after in (False, True):
         for share in (None, fold):
             word = f"{'after' if after else 'before'}{', folded' if share else ''}"
@@ -194,10 +198,104 @@ def test_derivatives_are_those_of_torch(name):
     torch.testing.assert_close(activations.derivative(u, activation, slope).detach(), expected)
 
 
-@pytest.mark.parametrize("name", ["moments", "materialize", "prologue_sums", "prologue_dgrad"])
+POOLINGS = [
+    Pooling("batch"),
+    Pooling("instance"),
+    Pooling("group", 1),
+    Pooling("group", 3),
+    Pooling("fixed"),
+]
+
+
+def tables(n, c, full, device):
+    """What `norm_finalize` and its backward take: moments, factors, parameters, sums."""
+    draw = lambda *shape: torch.randn(*shape).to(device)  # noqa: E731
+    own = Moments(3 + draw(n, c), draw(n, c).square())
+    before, after, gamma, beta = (draw(n, c), draw(n, c), draw(c), draw(c)) if full else [None] * 4
+    return own, before, after, gamma, beta, draw(3, n, c), draw(n, c)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("shape", [(1, 6), (2, 6), (5, 300), (40, 21), (1, 3), (0, 6)], ids=str)
+@pytest.mark.parametrize("pooling", POOLINGS, ids=str)
+def test_what_a_norm_makes_of_its_moments(pooling, shape, full, half, kernels):
+    own, before, after, gamma, beta, sums, centre = tables(*shape, full, kernels)
+    if half and gamma is not None:  # parameters of a module in half precision
+        gamma, beta = gamma.half(), beta.half()
+    passes = dispatch.passes(centre)
+
+    def both(passes, cast):
+        moments, b, a, s, m = Moments(*map(cast, own)), *map(cast, (before, after, sums, centre))
+        forward = passes.norm_finalize(moments, b, cast(gamma), cast(beta), 1e-5, pooling)
+        mean, _, rstd, _, _ = cast(finalized)
+        backward = passes.norm_finalize_backward(
+            s, mean, rstd, m, b, a, cast(gamma), 60, pooling
+        )  # fmt: skip
+        return {
+            **dict(zip(("mean", "var", "rstd", "scale", "shift"), forward, strict=True)),
+            **dict(zip(("dgamma", "dbeta", "a", "k"), backward, strict=True)),
+        }
+
+    finalized = reference.norm_finalize(own, before, gamma, beta, 1e-5, pooling)
+    truth = both(reference, double)
+    same, ours = both(reference, lambda t: t), both(passes, lambda t: t)
+    for name, expected in truth.items():
+        assert ours[name].shape == expected.shape
+        scale = expected.abs().max().item() if expected.numel() else 0.0
+        off = [(one[name].double() - expected).abs().max().item() if expected.numel() else 0.0
+               for one in (ours, same)]  # fmt: skip
+        assert off[0] <= 2 * off[1] + SLACK[torch.float32] * scale, name
+
+
+@pytest.mark.parametrize("pooling", POOLINGS, ids=str)
+def test_the_algebra_of_norms_is_that_of_torch(pooling):
+    """The reference's own, values and every gradient, against torch's norms and autograd."""
+    n, c = 4, 6
+    factor, after = torch.rand(2, n, c, dtype=torch.float64) + 0.5
+    gamma, beta = torch.randn(2, c, dtype=torch.float64).requires_grad_()
+    b = torch.randn(n, c, 7, dtype=torch.float64).requires_grad_()
+    v = b * factor[..., None]
+    mean, var = torch.randn(c, dtype=torch.float64), torch.rand(c, dtype=torch.float64)
+    plain = {
+        "batch": lambda: torch.nn.functional.batch_norm(v, None, None, gamma, beta, True),
+        "instance": lambda: torch.nn.functional.instance_norm(v, weight=gamma, bias=beta),
+        "group": lambda: torch.nn.functional.group_norm(v, pooling.groups, gamma, beta),
+        "fixed": lambda: torch.nn.functional.batch_norm(v, mean, var, gamma, beta, False),
+    }[pooling.kind]
+    expected = plain() * after[..., None]
+    g = torch.randn_like(expected)
+    given = torch.autograd.grad(expected, (b, gamma, beta), g)
+    with torch.no_grad():
+        own = reference.moments(b, Prologue())
+        fixed = Moments(mean.repeat(n, 1), var.repeat(n, 1))
+        moments = fixed if pooling.kind == "fixed" else own
+        found = reference.norm_finalize(moments, factor, gamma, beta, 1e-5, pooling)
+        scale, shift = found[3] * after, found[4] * after
+        out = scale[..., None] * b + shift[..., None]
+        sums = torch.stack([g.sum(-1), (g * (b - own.mean[..., None])).sum(-1)])
+        dgamma, dbeta, a, k = reference.norm_finalize_backward(
+            sums, found[0], found[2], own.mean, factor, after, gamma, 7, pooling
+        )
+        db = scale[..., None] * g + a[..., None] + k[..., None] * (b - own.mean[..., None])
+    for ours, theirs in zip(
+        (out, db, dgamma.sum(0), dbeta.sum(0)), (expected, *given), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs.detach(), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ops.NAMES)
 def test_operators_are_registered_as_torch_wants_them(name):
     x, g, r, p, fold = problem((2, 3, 4, 5), torch.float32, "prelu", True, torch.device("cpu"))
+    own, before, after, gamma, beta, sums, centre = tables(2, 3, True, torch.device("cpu"))
     calls = {
+        "materialize_moments": lambda: ops.materialize_moments(x, p, r, torch.float16),
+        "norm_finalize": lambda: ops.norm_finalize(
+            own, before, gamma, beta, 1e-5, Pooling("batch")
+        ),
+        "norm_finalize_backward": lambda: ops.norm_finalize_backward(
+            sums, own.mean, own.var, centre, before, after, gamma, 20, Pooling("group", 3)
+        ),
         "moments": lambda: ops.moments(x, p),
         "materialize": lambda: ops.materialize(x, p, r, torch.float16),
         "prologue_sums": lambda: ops.prologue_sums(g, x, p, fold.centre, fold, True),

@@ -84,6 +84,7 @@ def conv_deferred(
 
     Under autocast x and the parameters are rounded to its dtype, as `torch.conv3d` has it.
     """
+    x = x.settled()
     raw, prologue = x.handle(), x.prologue
     dtype = raw.dtype
     if torch.is_autocast_enabled(raw.device.type):

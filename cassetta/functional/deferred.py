@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from cassetta.functional.norm import Norm, Pool
+from cassetta.functional.norm import Norm, Pool, standardize
 from cassetta.kernels import ops
 from cassetta.kernels.types import Activation, Moments, Prologue, flat, unflat
 
@@ -44,14 +44,19 @@ class Deferred:
         norm: Norm | None = None,
         affine: tuple[Tensor | None, Tensor | None] = (None, None),
         weight: Tensor | None = None,
+        residual: Tensor | None = None,
+        own: Moments | None = None,
     ) -> None:
         self.raw = raw
         self.prologue = prologue
         self.norm = norm
         self.affine = affine  # gamma and beta of the norm
         self.weight = weight  # of PReLU
-        self._z: Tensor | None = raw if prologue.is_identity else None
-        self._handle = self._z
+        self.residual = residual  # still to be added, and then nothing else is applied before it is
+        self.own = own  # the moments of raw, where they are known
+        self._z: Tensor | None = raw if prologue.is_identity and residual is None else None
+        self._own_of_z: Moments | None = None
+        self._handle = raw if prologue.is_identity else None
 
     @property
     def shape(self) -> torch.Size:
@@ -66,8 +71,23 @@ class Deferred:
     def has_activation(self) -> bool:
         return self.prologue.activation.name != "identity"
 
+    def plus(self, residual: Tensor) -> Deferred:
+        """The sum with a tensor of the same shape; computed with what is read next."""
+        x = self.settled()
+        if x._z is not None:
+            return Deferred(x._z, residual=residual)
+        out = Deferred(x.raw, x.prologue, x.norm, x.affine, x.weight, residual)
+        out._handle = x.handle()  # one node, whoever reads
+        return out
+
+    def settled(self) -> Deferred:
+        """Itself, with nothing to be added."""
+        return self if self.residual is None else Deferred(self.z())
+
     def scaled(self, factor: Tensor) -> Deferred:
         """Channels multiplied by a factor (N, C) that needs no gradient, as dropout does."""
+        if self.residual is not None:
+            return self.settled().scaled(factor)
         s1, t1, act, slope, s2, t2 = self.prologue
         norm = self.norm
         if norm is not None and norm.outer == self.has_activation:  # and so comes last
@@ -83,8 +103,8 @@ class Deferred:
         """The activation applied; `weight` (C,) or (1,) is what PReLU learns."""
         if activation.name == "identity":
             return self
-        if self.has_activation:
-            return Deferred(materialize(self)).activated(activation, weight)
+        if self.has_activation or self.residual is not None:
+            return Deferred(self.z()).activated(activation, weight)
         slope = None
         if weight is not None:
             n, c = self.raw.shape[:2]
@@ -105,31 +125,26 @@ class Deferred:
 
         `track` is told the pooled statistics, and of how many values they are.
         """
-        if self.norm is not None:
-            z = Deferred(materialize(self))
-            return z.normalized(gamma, beta, eps, pool, fixed, track)
+        if self.norm is not None or self.residual is not None:
+            x = self._with_moments() if fixed is None else Deferred(self.z())
+            return x.normalized(gamma, beta, eps, pool, fixed, track)
         s1, t1, act, slope, s2, _ = self.prologue
         before = s2 if self.has_activation else s1
         with torch.no_grad():
-            n, c = self.raw.shape[:2]
-            if fixed is None:
+            if fixed is not None:
+                n, table = self.raw.shape[0], _table_dtype(self.raw)
+                own = Moments(*(one.to(table).repeat(n, 1) for one in fixed))
+                pool = Pool("fixed")
+            elif self.own is not None and not self.has_activation:
+                own = self.own
+            else:
                 inner = self.prologue if self.has_activation else Prologue()
                 own = ops.moments(self.raw, inner._replace(s2=None, t2=None))
-                centre = own.mean
-                if before is not None:
-                    own = Moments(before * own.mean, before.square() * own.var)
-                pooled, count = pool.statistics(own, self.voxels)
-                if track is not None:
-                    track(pooled, count)
-            else:
-                table = _table_dtype(self.raw)
-                pooled = Moments(*(one.to(table).expand(n, c).clone() for one in fixed))
-                centre = pooled.mean
-            norm = Norm(
-                pooled.mean, (pooled.var + eps).rsqrt(), centre.clone(), before, None,
-                pool if fixed is None else None, self.has_activation,
-            )  # fmt: skip
-            scale, shift = (one.contiguous() for one in norm.affine(gamma, beta))
+            tables, count = standardize(own, before, gamma, beta, eps, pool, self.voxels)
+            mean, var, rstd, scale, shift = tables.unbind()
+            if track is not None:
+                track(Moments(mean, var), count)
+            norm = Norm(mean, rstd, own.mean, before, None, pool, self.has_activation)
         if self.has_activation:
             prologue = Prologue(s1, t1, act, slope, scale, shift)
         else:
@@ -150,12 +165,22 @@ class Deferred:
 
     def z(self) -> Tensor:
         """z itself, computed once."""
-        if self._z is None:
-            self._z = _Materialize.apply(self.handle(), *flat(self.prologue), None)
+        if self._z is None and self.prologue.is_identity and self.residual is not None:
+            self._z = self.raw + self.residual
+        elif self._z is None:
+            self._z = _Materialize.apply(self.handle(), *flat(self.prologue), self.residual)
         return self._z  # type: ignore[return-value]
 
+    def _with_moments(self) -> Deferred:
+        """z, and its moments from the same pass, if it has not been computed yet."""
+        if self._z is None:
+            given = (self.handle(), *flat(self.prologue), self.residual)
+            self._z, *own = _MaterializeMoments.apply(*given)  # type: ignore[misc]
+            self._own_of_z = Moments(*own)
+        return Deferred(self._z, own=self._own_of_z)  # type: ignore[arg-type]
+
     def _next(self, prologue: Prologue, norm: Norm | None, **changes: Any) -> Deferred:
-        now = {"affine": self.affine, "weight": self.weight, **changes}
+        now = {"affine": self.affine, "weight": self.weight, "own": self.own, **changes}
         return Deferred(self.raw, prologue, norm, **now)
 
 
@@ -166,13 +191,9 @@ def defer(x: Tensor | Deferred) -> Deferred:
 
 def materialize(x: Tensor | Deferred, residual: Tensor | None = None) -> Tensor:
     """z, perhaps with a residual added in the same pass; a tensor as it is."""
-    if isinstance(x, Tensor):
-        return x if residual is None else x + residual
-    if residual is None:
-        return x.z()
-    if x.prologue.is_identity or x._z is not None:
-        return x.z() + residual
-    return _Materialize.apply(x.handle(), *flat(x.prologue), residual)  # type: ignore[return-value]
+    if residual is not None:
+        return defer(x).plus(residual).z()
+    return x if isinstance(x, Tensor) else x.z()
 
 
 class _Refused(Function):
@@ -234,13 +255,13 @@ class _Pending(Function):
         to_x, to_gamma, to_beta, to_weight = ctx.needs_input_grad[:4]
         dx = dgamma = dbeta = dweight = fold = None
         voxels = math.prod(x.shape[2:])
-        around = torch.zeros(x.shape[:2], dtype=_table_dtype(x), device=x.device)
-        if mean is not None and (ctx.pool is not None or to_gamma or to_beta):
+        if mean is not None and (ctx.pool.kind != "fixed" or to_gamma or to_beta):
             norm = Norm(mean, rstd, centre, before, after, ctx.pool, ctx.outer)
-            sum_g, sum_gb, _ = ops.prologue_sums(g, x, prologue, centre, None, ctx.outer)
-            dgamma, dbeta, fold = norm.gradients(gamma, sum_g, sum_gb, voxels)
+            sums = ops.prologue_sums(g, x, prologue, centre, None, ctx.outer)
+            dgamma, dbeta, fold = norm.gradients(gamma, sums, voxels)
         if to_weight:  # after the norm, which has its share in the gradient of what precedes it
             outer_fold = fold if ctx.outer else None
+            around = torch.zeros(x.shape[:2], dtype=_table_dtype(x), device=x.device)
             _, _, dslope = ops.prologue_sums(g, x, prologue, around, outer_fold, ctx.outer)
             dweight = dslope.sum(0) if weight.numel() > 1 else dslope.sum().reshape(1)
             dweight = dweight.to(weight.dtype)
@@ -264,6 +285,23 @@ class _Materialize(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # and so theirs, to any order
         return g, *[None] * ctx.nb_others, g if ctx.has_residual else None
+
+
+class _MaterializeMoments(Function):
+    """`_Materialize`, and the moments of z, whose gradient is the affair of the norm."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *prologue, residual = rest
+        dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+        ctx.has_residual, ctx.nb_others = residual is not None, len(prologue)
+        z, mean, var = ops.materialize_moments(x, unflat(prologue), residual, dtype)
+        ctx.mark_non_differentiable(mean, var)
+        return z, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, *moments: Any) -> tuple:
+        return _Materialize.backward(ctx, g)
 
 
 def _table_dtype(x: Tensor) -> torch.dtype:

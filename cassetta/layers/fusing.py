@@ -180,7 +180,7 @@ def _track(norm: Any, moments: Moments, count: int) -> None:
     unbiased = moments.var * (count / max(count - 1, 1))
     for running, new in ((norm.running_mean, moments.mean), (norm.running_var, unbiased)):
         new = new.mean(0) if averaged else new[0]
-        running.copy_((1 - momentum) * running + momentum * new.to(running.dtype))
+        running.lerp_(new.to(running.dtype), momentum)
 
 
 def _process_group(norm: nn.SyncBatchNorm) -> Any:

@@ -112,17 +112,17 @@ class ModuleSum(nn.ModuleList):
 
     def defer(self, x: Deferred) -> Deferred:
         """`forward` of what x stands for; each module's output is added as it is computed."""
-        total: Tensor | None = None
+        total: Deferred | None = None
         for module in self:
-            out = fusing.run(module, x)
+            out = defer(fusing.run(module, x))
             if total is not None and out.shape != total.shape:
                 raise ValueError(
                     f"the modules return different shapes, {tuple(total.shape)} and "
                     f"{tuple(out.shape)}: no sum has one"
                 )
-            total = materialize(out, total)
+            total = out if total is None else out.plus(materialize(total))
         assert total is not None
-        return Deferred(total)
+        return total
 
 
 class Stack(nn.Sequential):
@@ -221,7 +221,7 @@ class ModuleGroup(Chain):
         out = fusing.run(self[n], x)
         if not self.residual:
             return out
-        return materialize(out, _matching(materialize(x), out, self.skip if n == 0 else 0))
+        return defer(out).plus(_matching(materialize(x), out, self.skip if n == 0 else 0))
 
 
 def _matching(before: Tensor, out: Tensor | Deferred, skip: int) -> Tensor:
