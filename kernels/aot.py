@@ -5,6 +5,7 @@ so what is compiled is, argument for argument, what a real call would run.
 """
 
 import functools
+import itertools
 import re
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from cassetta.kernels import activations, configs, finalize, pointwise, reductions, tile
-from cassetta.kernels.types import Activation, Fold, Pooling, Prologue
+from cassetta.kernels.types import Activation, Fold, Moments, Pooling, Prologue
 
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
 """Bytes of shared memory that one program may use, by compute capability."""
@@ -73,6 +74,8 @@ def check(arch: int) -> Iterator[Report]:
         case = f"{str(dtype).removeprefix('torch.')} {activation} {layout}"
         with recorded(arch, case, reports):
             _run_passes(_image(dtype, layout), activation, full=n % 2 == 0, after=n % 4 < 2)
+            if activation == "identity":
+                _run_norms(dtype)
         yield from reports
 
 
@@ -109,17 +112,24 @@ def _run_passes(x: Tensor, name: str, full: bool, after: bool) -> None:
     slope = one if name == "prelu" else None
     p = Prologue(*tables, Activation(name, 1.0, 20.0), slope, *tables)
     fold = Fold(one, one, one) if full else None
-    own = reductions.moments(x, p)
+    reductions.moments(x, p)
     pointwise.materialize(x, p, x if full else None, x.dtype)
     reductions.materialize_moments(x, p, x if full else None, x.dtype)
     reductions.prologue_sums(x, x, p, one, fold, after)
     pointwise.prologue_dgrad(x, x, p, fold, after)
-    factor = one if full else None
-    gamma = torch.empty(c, dtype=x.dtype, device="meta") if after else None
+
+
+def _run_norms(dtype: torch.dtype) -> None:
+    """The algebra of norms, with parameters of a dtype and without, with factors and without."""
+    n, c = 2, 21
+    table = torch.empty(n, c, dtype=torch.float32, device="meta")
     sums = torch.empty(3, n, c, dtype=torch.float32, device="meta")
-    for pooling in (Pooling("batch"), Pooling("instance"), Pooling("group"), Pooling("fixed")):
+    parameter = torch.empty(c, dtype=dtype, device="meta")
+    poolings = (Pooling("batch"), Pooling("instance"), Pooling("group", 3), Pooling("fixed"))
+    for gamma, factor, pooling in itertools.product((None, parameter), (None, table), poolings):
+        own = Moments(table, table)
         finalize.norm_finalize(own, factor, gamma, gamma, 1e-5, pooling)
-        finalize.norm_finalize_backward(sums, *[one] * 3, factor, factor, gamma, 8, pooling)
+        finalize.norm_finalize_backward(sums, *[table] * 3, factor, factor, gamma, 8, pooling)
 
 
 def _signature(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> Any:

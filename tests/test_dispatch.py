@@ -79,7 +79,7 @@ def gpu(monkeypatch):
 class Image:
     """What dispatch asks of an image on a GPU."""
 
-    def __init__(self, dtype=torch.float32, device="cuda", size=2**20):
+    def __init__(self, dtype=torch.float32, device="cuda", size=dispatch.SMALL):
         self.dtype, self.device, self.size = dtype, torch.device(device), size
         self.shape = (1, size)
 
