@@ -19,6 +19,7 @@ class Engine(NamedTuple):
     kind: str
     engine: str  # "library": the convolution by torch, all else by kernels; or "reference"
     reason: str  # why the block is not fused; "" if it is
+    evidence: str  # by what the engine was chosen
 
 
 class Explanation(Sequence[Engine]):
@@ -63,18 +64,21 @@ def explain(model: nn.Module, *inputs: Tensor) -> Explanation:
     Returns
     -------
     explanation : Explanation
-        Rows with `.name`, `.kind`, `.engine` ("library" or "reference") and `.reason`.
+        Rows with `.name`, `.kind`, `.engine` ("library" or "reference"), `.reason` and `.evidence`.
     """
     names = {module: name or type(module).__name__ for name, module in model.named_modules()}
     buffers = dict(model.named_buffers(remove_duplicate=False))
     twins = {buffer: buffer.clone() for buffer in buffers.values()}
     copies = {name: twins[buffer] for name, buffer in buffers.items()}
     gpus = sorted({x.device.index or 0 for x in inputs if x.device.type == "cuda"})
-    with fusing.listening() as ran, torch.random.fork_rng(devices=gpus), torch.no_grad():
+    with (
+        fusing.listening(model.training) as ran,
+        torch.random.fork_rng(devices=gpus),
+        torch.no_grad(),
+    ):
         torch.func.functional_call(model, copies, inputs, tie_weights=False)
     seen: dict[nn.Module, Engine] = {}
-    for block, why in ran:
-        engine = "library" if why is None else "reference"
+    for block, choice, _ in ran:
         name = names.get(block, type(block).__name__)
-        seen.setdefault(block, Engine(name, type(block).__name__, engine, why or ""))
+        seen.setdefault(block, Engine(name, type(block).__name__, *choice))
     return Explanation(list(seen.values()))

@@ -13,15 +13,15 @@ import functools
 import importlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cassetta.kernels import configs, reference
+from cassetta.kernels import configs, evidence, reference
 
 BACKENDS = ("auto", "triton", "reference")
 ENVIRONMENT = "CASSETTA_BACKEND"
@@ -37,9 +37,18 @@ class BackendError(RuntimeError):
     """The requested backend cannot run here; the message says why and what to do."""
 
 
+class Choice(NamedTuple):
+    """Who runs a block."""
+
+    engine: str  # "library": torch's convolution and the passes; "reference": plain PyTorch
+    reason: str  # why nothing but plain PyTorch; "" for any other engine
+    evidence: str  # by what it was chosen
+
+
 # one value for the process, not one per thread: autograd and DataParallel run in threads of theirs
 _requested: str | None = None
 _on_reference_passes = False
+_forced: str | None = None
 
 
 def backend() -> str:
@@ -94,6 +103,58 @@ def fused_on_reference() -> Iterator[None]:
         _on_reference_passes = before
 
 
+@contextmanager
+def use_engine(name: str) -> Iterator[None]:
+    """For measurements: every block that this engine can run is run by it."""
+    global _forced
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def choose(x: Tensor, why: str | None, key: Callable[[], str], engines: Container[str]) -> Choice:
+    """Who runs a block on the image x.
+
+    Parameters
+    ----------
+    why : str or None
+        Why no kernel covers the block, if none does.
+    key : callable
+        Names the block and the image, for the table of what was measured.
+    engines : container of str
+        Those that there are.
+    """
+    found = _without_measurement(x, why)
+    if found is None and not torch.compiler.is_compiling():
+        record = evidence.table(x.device).find(key())
+        if record is not None and record.choice in engines:
+            reason = "measured to be the fastest" if record.choice == "reference" else ""
+            found = Choice(record.choice, reason, record.evidence)
+    return found or _by_rule(x)
+
+
+def _without_measurement(x: Tensor, why: str | None = None) -> Choice | None:
+    """Where there is no choice, or it was made by the caller."""
+    why = why or (_why_not_plain(x) if _on_reference_passes else _why_no_kernel(x))
+    if why:
+        return Choice("reference", why, "nothing else can run it")
+    if _forced == "reference":
+        return Choice("reference", "the engine 'reference' was asked for", "it was asked for")
+    if _forced or _on_reference_passes or backend() == "triton":
+        return Choice(_forced or "library", "", "it was asked for")
+    return None
+
+
+def _by_rule(x: Tensor) -> Choice:
+    rule = "a rule: `cassetta tune` measures"
+    if x.numel() >= SMALL:
+        return Choice("library", "", rule)
+    small = f"so small an image ({tuple(x.shape)}) is no slower in plain PyTorch"
+    return Choice("reference", small, rule)
+
+
 def why_no_triton() -> str | None:
     """Why no Triton kernel can run in this process, as a sentence; None if one can."""
     if not torch.compiler.is_compiling() and (missing := _why_not_importable()):
@@ -111,13 +172,23 @@ def why_no_triton() -> str | None:
 
 
 def why_reference(x: Tensor | None = None) -> str | None:
-    """Why the passes run in plain PyTorch (for this image), as a sentence; None if they do not."""
+    """Why plain PyTorch runs (on this image), as a sentence; None if it does not.
+
+    For an image by rule; what was measured for a block on it goes before that (`choose`).
+    """
+    if x is not None:
+        return (_without_measurement(x) or _by_rule(x)).reason or None
     if _on_reference_passes:
-        return None if x is None else _why_not_plain(x)
-    asked = backend()
-    if asked == "reference":
-        return "the backend 'reference' was asked for"
-    return why_no_triton() or (None if x is None else _why_not_plain(x) or _why_not_for(x, asked))
+        return None
+    return _why_asked() or why_no_triton()
+
+
+def _why_asked() -> str | None:
+    return "the backend 'reference' was asked for" if backend() == "reference" else None
+
+
+def _why_no_kernel(x: Tensor) -> str | None:
+    return _why_asked() or why_no_triton() or _why_not_plain(x) or _why_not_for(x, backend())
 
 
 def _why_not_plain(x: Tensor) -> str | None:
@@ -138,7 +209,7 @@ def _why_not_for(x: Tensor, asked: str) -> str | None:
         return f"a channel of {tuple(x.shape)} has more voxels than 31 bits count"
     device = x.device.type
     if device == "cpu" and is_interpreted():
-        return None if asked == "triton" else "the image is on the CPU"
+        return None if asked == "triton" or _forced else "the image is on the CPU"
     if device != "cuda":
         return f"the image is on the {'CPU' if device == 'cpu' else device + ' device'}"
     if is_interpreted():
@@ -146,8 +217,6 @@ def _why_not_for(x: Tensor, asked: str) -> str | None:
     major, minor = torch.cuda.get_device_capability(x.device)
     if major < 8:
         return f"this GPU has compute capability {major}.{minor}, and 8.0 is needed"
-    if asked == "auto" and x.numel() < SMALL:
-        return f"so small an image ({tuple(x.shape)}) is no slower in plain PyTorch"
     return None
 
 

@@ -1,6 +1,6 @@
 """Convolutions with their norm, dropout, activation and attention, and groups of them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -130,16 +130,11 @@ class ConvBlock(Stack):
     def defer(self, x: Deferred) -> Deferred:
         """`forward` of what x stands for, which need not be computed on the way."""
         check.image(x.raw, self.ndim, self.inp_channels)
-        names = {letter: LAYERS[letter] for letter in self.order}
-        layers: dict[str, Any] = {n: getattr(self, name, None) for n, name in names.items()}
-        why = None
-        if self._modules.keys() - set(names.values()):
-            why = "layers were appended to it"
-        why = why or fusing.why_plain(layers, x)
-        fusing.note(self, why)
-        return self._plain(x) if why else self._fused(x, layers)
+        layers = {letter: getattr(self, LAYERS[letter], None) for letter in self.order}
+        choice = fusing.choose(self, layers, x, ENGINES)
+        return ENGINES[choice.engine](self, x, layers)
 
-    def _plain(self, x: Deferred) -> Deferred:
+    def _plain(self, x: Deferred, layers: dict[str, Any]) -> Deferred:
         out = materialize(x)
         for layer in self.in_order():
             out = layer(out)
@@ -179,6 +174,13 @@ class ConvBlock(Stack):
             layer = getattr(self, name, None)
             if layer is not None:
                 yield layer
+
+
+ENGINES: dict[str, Callable[[ConvBlock, Deferred, dict[str, Any]], Deferred]] = {
+    "reference": ConvBlock._plain,
+    "library": ConvBlock._fused,
+}
+"""Who can run a block, by name."""
 
 
 def _and(name: str, options: dict[str, Any] | None, own: dict[str, Any]) -> dict[str, Any]:

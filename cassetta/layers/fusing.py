@@ -6,9 +6,9 @@ carries no hook. Any other module meets tensors, as always.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed as dist, nn
@@ -16,6 +16,7 @@ from torch.nn.modules import module as torch_module
 
 from cassetta.functional import Deferred, Pool, defer, materialize
 from cassetta.kernels import dispatch
+from cassetta.kernels.dispatch import Choice
 from cassetta.kernels.types import Activation, Moments
 from cassetta.layers.conv import Conv
 from cassetta.layers.dropout import ChannelDropout
@@ -39,8 +40,15 @@ _DROPOUT: dict[type, tuple[int, ...]] = {
     nn.Dropout3d: (3,),
 }
 
-_listener = threading.local()
-"""`log`: which blocks ran in this thread, and why not fused, while somebody asks."""
+
+class _Listener(threading.local):
+    """What ran in this thread, while somebody asks, and what it was chosen for."""
+
+    log: list["Ran"] | None = None
+    training: bool | None = None
+
+
+_listener = _Listener()
 
 
 def run(module: nn.Module, x: Tensor | Deferred) -> Tensor | Deferred:
@@ -55,33 +63,75 @@ def run_as_written(module: nn.Module, x: Tensor | Deferred) -> Tensor:
     return materialize(run(module, x))
 
 
+class Ran(NamedTuple):
+    """A block that ran, who ran it, and on what."""
+
+    block: nn.Module
+    choice: Choice
+    image: Tensor  # without data
+
+
 @contextmanager
-def listening() -> Iterator[list[tuple[nn.Module, str | None]]]:
-    """What is noted in this block of code, in the order of execution."""
-    before = getattr(_listener, "log", None)
-    _listener.log = log = []
+def listening(training: bool) -> Iterator[list[Ran]]:
+    """What runs in this block of code, in order, chosen as for training or as for inference."""
+    before = _listener.log, _listener.training
+    log: list[Ran] = []
+    _listener.log, _listener.training = log, training
     try:
         yield log
     finally:
-        _listener.log = before
+        _listener.log, _listener.training = before
 
 
-def note(block: nn.Module, why: str | None) -> None:
-    """Tell who asks that a block ran, fused (None) or not, and then why not."""
-    log = getattr(_listener, "log", None)
-    if log is not None:
-        log.append((block, why))
-
-
-def why_plain(layers: dict[str, nn.Module | None], x: Deferred) -> str | None:
-    """Why a block of these layers runs as plain PyTorch on x, as a sentence; None if it does not.
+def choose(
+    block: nn.Module, layers: dict[str, nn.Module | None], x: Deferred, engines: Container[str]
+) -> Choice:
+    """Who runs a block of these layers on x; whoever listens is told.
 
     Parameters
     ----------
     layers : dict
-        Modules by letter: n norm, c conv, d dropout, a activation, x attention.
+        Modules by letter: n norm, c conv, d dropout, a activation, x attention; in their order.
     """
+    why = _why_plain(block, layers, x)
+    if why is None and _process_group(layers.get("n")) is not None:
+        choice = Choice("library", "", "torch's own SyncBatchNorm is for GPUs only")
+    else:
+        choice = dispatch.choose(x.raw, why, lambda: key(layers, x.raw), engines)
+    if _listener.log is not None:
+        image = torch.empty_strided(x.raw.shape, x.raw.stride(), dtype=x.raw.dtype, device="meta")
+        _listener.log.append(Ran(block, choice, image))
+    return choice
+
+
+def key(layers: dict[str, nn.Module | None], image: Tensor) -> str:
+    """The name of a block on an image, in the table of what was measured."""
+    words = []
+    for letter, layer in layers.items():
+        if isinstance(layer, Conv):
+            size, dilation, bias = layer.kernel_size, layer.dilation, layer.bias is not None
+            words.append(f"conv {layer.out_channels} k{size} d{dilation}{' bias' * bias}")
+        elif letter == "n" and layer is not None:
+            pool = _pool(layer)
+            words.append("fixed norm" if pool is None else f"{pool.kind} norm {pool.groups}")
+        elif letter == "d":
+            words += ["dropout"] if layer is not None and layer.training else []
+        elif layer is not None:
+            words.append(type(layer).__name__)
+    last = image.shape[1] > 1 and image.stride(1) == 1
+    device = image.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else ""
+    kind = f"{'last' if last else 'first'} {image.dtype} {dtype}".replace("torch.", "").strip()
+    training = torch.is_grad_enabled() if _listener.training is None else _listener.training
+    use = "training" if training else "inference"
+    return f"{'x'.join(map(str, image.shape))} {kind}, {', '.join(words)}, {use}"
+
+
+def _why_plain(block: nn.Module, layers: dict[str, nn.Module | None], x: Deferred) -> str | None:
+    """Why no kernel covers a block of these layers, as a sentence; None if one does."""
     conv, norm, activation, dropout = (layers.get(letter) for letter in "cnad")
+    if any(child not in layers.values() for child in block.children()):
+        return "layers were appended to it"
     for layer in layers.values():
         if layer is not None and not _is_bare(layer):
             return f"a hook is attached to its {type(layer).__name__}"
@@ -95,11 +145,7 @@ def why_plain(layers: dict[str, nn.Module | None], x: Deferred) -> str | None:
         return f"no kernel has the activation {type(activation).__name__}"
     if dropout is not None and x.raw.ndim - 2 not in _DROPOUT.get(type(dropout), ()):
         return f"no kernel has the dropout {type(dropout).__name__} in {x.raw.ndim - 2}-D"
-    if x.raw.shape[0] == 0:
-        return "the batch is empty"
-    if isinstance(norm, nn.SyncBatchNorm) and _process_group(norm) is not None:
-        return None  # torch's own is for GPUs only
-    return dispatch.why_reference(x.raw)
+    return "the batch is empty" if x.raw.shape[0] == 0 else None
 
 
 def _why_no_norm(norm: Any, x: Tensor) -> str | None:
@@ -138,18 +184,25 @@ def normalized(x: Deferred, norm: Any) -> Deferred:
             f"inp has {c} channels, but {type(norm).__name__} normalizes {channels} channels"
         )
     check_statistics(norm, n, size, "")
-    if groups:
-        return x.normalized(norm.weight, norm.bias, norm.eps, Pool("group", norm.num_groups))
-    batch, known = kind in _BATCH, norm.running_mean is not None
-    own = norm.training or not (known if batch else norm.track_running_stats)  # statistics
-    fixed = None if own else Moments(norm.running_mean, norm.running_var)
-    pool = Pool("batch" if batch else "instance")
-    if batch and fixed is None and isinstance(norm, nn.SyncBatchNorm):
+    pool, batch = _pool(norm), kind in _BATCH
+    fixed = Moments(norm.running_mean, norm.running_var) if pool is None else None
+    if pool is not None and isinstance(norm, nn.SyncBatchNorm):
         pool = pool._replace(process_group=_process_group(norm))
     track = None
-    if own and known and (norm.track_running_stats or not batch):
+    known = not groups and norm.running_mean is not None
+    if pool is not None and known and (norm.track_running_stats or not batch):
         track = lambda moments, count: _track(norm, moments, count)  # noqa: E731
-    return x.normalized(norm.weight, norm.bias, norm.eps, pool, fixed, track)
+    return x.normalized(norm.weight, norm.bias, norm.eps, pool or Pool("fixed"), fixed, track)
+
+
+def _pool(norm: Any) -> Pool | None:
+    """Which channels share their statistics; None if these are fixed."""
+    kind = type(norm)
+    if kind in _GROUP:
+        return Pool("group", norm.num_groups)
+    batch = kind in _BATCH
+    own = norm.running_mean is None if batch else not norm.track_running_stats
+    return Pool("batch" if batch else "instance") if norm.training or own else None
 
 
 def dropped(x: Deferred, dropout: Any) -> Deferred:
@@ -183,9 +236,11 @@ def _track(norm: Any, moments: Moments, count: int) -> None:
         running.lerp_(new.to(running.dtype), momentum)
 
 
-def _process_group(norm: nn.SyncBatchNorm) -> Any:
+def _process_group(norm: Any) -> Any:
     """The group whose processes share the statistics; None if the process is alone."""
-    if not (norm.training and dist.is_available() and dist.is_initialized()):
+    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
         return None
     group = norm.process_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
