@@ -67,18 +67,20 @@ def explain(model: nn.Module, *inputs: Tensor) -> Explanation:
         Rows with `.name`, `.kind`, `.engine` ("library" or "reference"), `.reason` and `.evidence`.
     """
     names = {module: name or type(module).__name__ for name, module in model.named_modules()}
+    seen: dict[nn.Module, Engine] = {}
+    for block, choice, *_ in watch(model, *inputs):
+        name = names.get(block, type(block).__name__)
+        seen.setdefault(block, Engine(name, type(block).__name__, *choice[:3]))
+    return Explanation(list(seen.values()))
+
+
+def watch(model: nn.Module, *inputs: Tensor) -> list[fusing.Ran]:
+    """The blocks of a network as they run, and who runs them; nothing of the network changes."""
     buffers = dict(model.named_buffers(remove_duplicate=False))
     twins = {buffer: buffer.clone() for buffer in buffers.values()}
     copies = {name: twins[buffer] for name, buffer in buffers.items()}
     gpus = sorted({x.device.index or 0 for x in inputs if x.device.type == "cuda"})
-    with (
-        fusing.listening(model.training) as ran,
-        torch.random.fork_rng(devices=gpus),
-        torch.no_grad(),
-    ):
+    random = torch.random.fork_rng(devices=gpus)
+    with fusing.listening(model.training) as ran, random, torch.no_grad():
         torch.func.functional_call(model, copies, inputs, tie_weights=False)
-    seen: dict[nn.Module, Engine] = {}
-    for block, choice, _ in ran:
-        name = names.get(block, type(block).__name__)
-        seen.setdefault(block, Engine(name, type(block).__name__, *choice))
-    return Explanation(list(seen.values()))
+    return ran

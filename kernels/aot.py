@@ -72,7 +72,8 @@ def check(arch: int) -> Iterator[Report]:
     for n, (dtype, activation, layout) in enumerate(_pairs()):
         reports: list[Report] = []
         case = f"{str(dtype).removeprefix('torch.')} {activation} {layout}"
-        with recorded(arch, case, reports):
+        plan = configs.PLANS[n // 4 % len(configs.PLANS)]  # with every other choice
+        with recorded(arch, f"{case}, {plan}", reports), configs.use_plan(plan):
             _run_passes(_image(dtype, layout), activation, full=n % 2 == 0, after=n % 4 < 2)
             if activation == "identity":
                 _run_norms(dtype)

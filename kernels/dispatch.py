@@ -43,6 +43,7 @@ class Choice(NamedTuple):
     engine: str  # "library": torch's convolution and the passes; "reference": plain PyTorch
     reason: str  # why nothing but plain PyTorch; "" for any other engine
     evidence: str  # by what it was chosen
+    is_open: bool = False  # whether a measurement may change it
 
 
 # one value for the process, not one per thread: autograd and DataParallel run in threads of theirs
@@ -131,7 +132,7 @@ def choose(x: Tensor, why: str | None, key: Callable[[], str], engines: Containe
         record = evidence.table(x.device).find(key())
         if record is not None and record.choice in engines:
             reason = "measured to be the fastest" if record.choice == "reference" else ""
-            found = Choice(record.choice, reason, record.evidence)
+            found = Choice(record.choice, reason, record.evidence, True)
     return found or _by_rule(x)
 
 
@@ -150,9 +151,9 @@ def _without_measurement(x: Tensor, why: str | None = None) -> Choice | None:
 def _by_rule(x: Tensor) -> Choice:
     rule = "a rule: `cassetta tune` measures"
     if x.numel() >= SMALL:
-        return Choice("library", "", rule)
+        return Choice("library", "", rule, True)
     small = f"so small an image ({tuple(x.shape)}) is no slower in plain PyTorch"
-    return Choice("reference", small, rule)
+    return Choice("reference", small, rule, True)
 
 
 def why_no_triton() -> str | None:

@@ -166,8 +166,11 @@ def _write(path: Path, about: dict[str, str], records: dict[str, Record]) -> Non
         for key, one in sorted(records.items())
     }
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps({"about": about, "records": rows}, indent=1) + "\n")
-    os.replace(unfinished, path)
+    try:
+        unfinished.write_text(json.dumps({"about": about, "records": rows}, indent=1) + "\n")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _lock(path: Path) -> Any:

@@ -47,7 +47,7 @@ def materialize(x: Tensor, p: Prologue, residual: Tensor | None, dtype: torch.dt
     if residual is not None:
         residual, r_strides = tile.strided(residual)
     wide = tile.is_wide(x, z, *(() if residual is None else (residual,)))
-    config = configs.of(x, x_strides, reduce=False)
+    config = configs.of("materialize", x, x_strides, reduce=False)
     tile.launch(
         _materialize_kernel, x, config,
         x, residual, z, p.s1, p.t1, p.slope, p.s2, p.t2, p.activation.p, p.activation.q,
@@ -93,7 +93,7 @@ def prologue_dgrad(g: Tensor, x: Tensor, p: Prologue, fold: Fold | None, after: 
     g, g_strides = tile.strided(g)
     x, x_strides = tile.strided(x)
     dx, d_strides = tile.strided(tile.like(x, x.dtype))
-    config = configs.of(x, x_strides, reduce=False)
+    config = configs.of("prologue_dgrad", x, x_strides, reduce=False)
     tile.launch(
         _prologue_dgrad_kernel, x, config,
         g, x, dx, p.s1, p.t1, p.slope, p.s2, *((None,) * 3 if fold is None else fold),

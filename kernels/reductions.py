@@ -106,11 +106,12 @@ def materialize_moments(
 
 def _moments(x: Tensor, p: Prologue, residual: Tensor | None, z: Tensor | None) -> Moments:
     """Of z, which is written; or, if there is no z to write, of what is before its last affine."""
+    name = "moments" if z is None else "materialize_moments"
     x, x_strides = tile.strided(x)
     residual, r_strides = (None, (0, 0, 0)) if residual is None else tile.strided(residual)
     z, z_strides = (None, (0, 0, 0)) if z is None else tile.strided(z)
     n, c = x.shape[:2]
-    config = configs.of(x, x_strides, reduce=True)
+    config = configs.of(name, x, x_strides, reduce=True)
     options = {"dtype": torch.float32, "device": x.device}
     means, m2s = (torch.empty(n, config.chunks, c, **options) for _ in range(2))
     mean, var = (torch.empty(n, c, **options) for _ in range(2))
@@ -181,7 +182,7 @@ def prologue_sums(
     g, g_strides = tile.strided(g)
     x, x_strides = tile.strided(x)
     n, c = x.shape[:2]
-    config = configs.of(x, x_strides, reduce=True)
+    config = configs.of("prologue_sums", x, x_strides, reduce=True)
     out = torch.empty(3, n, config.chunks, c, dtype=torch.float32, device=x.device)
     tile.launch(
         _prologue_sums_kernel, x, config,

@@ -1,17 +1,19 @@
-"""Every test begins at the same random state, and leaves the requested backend as it found it.
+"""Every test begins at the same random state, leaves the requested backend as it found it, and
+has a folder of its own for what is measured.
 
 Without a GPU, kernels are interpreted on the CPU. Triton decides that when it is imported, so it is
 imported here; afterwards the environment is as users have it, and the fixture `kernels` asks again.
 """
 
 import importlib.util
+import itertools
 import os
 import time
 
 import pytest
 import torch
 
-from cassetta.kernels import dispatch
+from cassetta.kernels import dispatch, evidence
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,11 +57,14 @@ def pytest_sessionfinish(session):
 
 
 _passed: list[str] = []
+_numbers = itertools.count()
 
 
 @pytest.fixture(autouse=True)
-def _same_start(monkeypatch):
+def _same_start(monkeypatch, tmp_path_factory):
     torch.manual_seed(0)
+    cache = tmp_path_factory.getbasetemp() / f"cache-{next(_numbers)}"  # made if it is needed
+    monkeypatch.setenv(evidence.CACHE, str(cache))
     monkeypatch.setattr(dispatch, "_requested", None)
     monkeypatch.delenv(dispatch.ENVIRONMENT, raising=False)
     monkeypatch.delenv(dispatch.INTERPRET, raising=False)

@@ -69,6 +69,7 @@ class Ran(NamedTuple):
     block: nn.Module
     choice: Choice
     image: Tensor  # without data
+    key: str  # of the block on this image
 
 
 @contextmanager
@@ -100,7 +101,7 @@ def choose(
         choice = dispatch.choose(x.raw, why, lambda: key(layers, x.raw), engines)
     if _listener.log is not None:
         image = torch.empty_strided(x.raw.shape, x.raw.stride(), dtype=x.raw.dtype, device="meta")
-        _listener.log.append(Ran(block, choice, image))
+        _listener.log.append(Ran(block, choice, image, key(layers, x.raw)))
     return choice
 
 

@@ -1,0 +1,243 @@
+"""The tuner: time what could run each block of a network, and keep the fastest that is right.
+
+For every block that a network meets, on the very image, in the very precision and layout:
+
+1. Each engine is compared with plain PyTorch, output and gradients (`agreement`); one that
+   disagrees is refused, and the table says so.
+2. Each pass of the fused block is timed by every plan that is right (`configs.PLANS`).
+3. The engines that are left, plain PyTorch among them, are timed in turns, forward and backward;
+   the fastest median is chosen.
+
+What is found is kept on disk when it is found (`kernels.evidence`), so that a tuning that was
+stopped goes on where it stopped.
+"""
+
+import copy
+import io
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+
+from cassetta.explanation import watch
+from cassetta.kernels import configs, dispatch, evidence, reference
+from cassetta.kernels.evidence import Record
+from cassetta.kernels.types import Activation, Fold, Prologue
+from cassetta.layers import fusing
+from cassetta.layers.blocks import ENGINES
+from cassetta.measure import agreement
+from cassetta.measure.agreement import Step
+from cassetta.measure.timing import interleaved, nb_inputs
+
+ROUNDS = 15
+
+
+class Found(NamedTuple):
+    """What became of one block, or of one pass, on one image."""
+
+    key: str
+    choice: str  # "" if none could be made
+    evidence: str  # the times; or why there are none
+    is_new: bool
+
+
+class Tuning(Sequence[Found]):
+    """What was found, the largest image first; prints as a table."""
+
+    def __init__(self, rows: list[Found], left: int, reason: str = "") -> None:
+        self.rows = rows
+        self.left = left
+        self.reason = reason
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[index]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the budget sufficed."""
+        return not self.left
+
+    def __str__(self) -> str:
+        table = Table(box=None, pad_edge=False)
+        for name in ("block or pass", "fastest", "evidence"):
+            table.add_column(name, overflow="fold")
+        for row in self.rows:
+            table.add_row(row.key, row.choice or "-", row.evidence)
+        text = io.StringIO()
+        Console(file=text, width=160).print(table)
+        lines = [line.rstrip() for line in text.getvalue().splitlines()]
+        if self.left:
+            lines.append(f"the budget is spent, {self.left} blocks are left: tune again, to go on")
+        return "\n".join([*lines, self.reason] if self.reason else lines)
+
+
+def tune(
+    model: nn.Module,
+    *inputs: Tensor,
+    budget: float | None = None,
+    again: bool = False,
+    progress: bool = False,
+) -> Tuning:
+    """Find out which engine runs each block of a network fastest, here, and keep it on disk.
+
+    As for training if the network is in training mode, and for inference if it is not; under
+    autocast, for that. Parameters, buffers, gradients, the mode and the state of random generators
+    stay as they are. `cassetta.explain` then tells what was chosen, and by which evidence.
+
+    ```python
+    with torch.autocast("cuda", torch.bfloat16):
+        print(cassetta.tune(net, image))
+    ```
+
+    Parameters
+    ----------
+    model : Module
+        The network.
+    *inputs : tensor
+        What it is called with, on the device where it is to run.
+    budget : float, optional
+        Seconds after which no further block begins. A later call goes on from there.
+    again : bool
+        Measure what has been measured before.
+    progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    tuning : Tuning
+        Rows with `.key`, `.choice`, `.evidence` and `.is_new`; `.is_complete`, `.left`; and
+        `.reason` if there was nothing to choose.
+    """
+    if not inputs:
+        raise ValueError("inputs=() is empty: give what the network is called with")
+    start, device = time.monotonic(), inputs[0].device
+    ran = watch(model, *inputs)
+    blocks = {one.key: one for one in ran if one.choice.is_open}
+    if not blocks:
+        reasons = [one.choice.reason or one.choice.evidence for one in ran] or ["it has no blocks"]
+        return Tuning([], 0, f"there is nothing to choose: {max(reasons, key=reasons.count)}")
+    rows: list[Found] = []
+    todo = sorted(blocks.values(), key=lambda one: -one.image.numel())
+    gpus = [device.index or 0] if device.type == "cuda" else []
+    with Progress(disable=not progress, transient=True) as bar, torch.random.fork_rng(devices=gpus):
+        for n, one in enumerate(bar.track(todo, description="tuning")):
+            if budget is not None and time.monotonic() - start > budget:
+                return Tuning(rows, len(todo) - n)
+            rows += _tune_block(one, device, model.training, again)
+    return Tuning(rows, 0)
+
+
+def _tune_block(ran: fusing.Ran, device: torch.device, training: bool, again: bool) -> list[Found]:
+    """The block's passes, and then its engines."""
+    table = evidence.table(device)
+    known = table.find(ran.key)
+    if known is not None and not again:
+        return [Found(ran.key, known.choice, known.evidence, False)]
+    net = copy.deepcopy(ran.block).requires_grad_(training)
+    rows: list[Found] = []
+    try:
+        images = _images(ran.image, device)
+        refused = {
+            name: why
+            for name in ENGINES
+            if name != "reference"
+            and (why := agreement.disagreement(net, images[0], training, name)) is not None
+        }
+        if "library" not in refused:
+            with configs.listening() as asked:
+                agreement.step(net, images[0], training, "library")
+            for key, (name, image) in asked.items():
+                if again or table.find(key) is None:
+                    record = _fastest_plan(name, image, device)
+                    table.add(key, record)
+                    rows.append(Found(key, record.choice, record.evidence, True))
+        runs = {name: _run(net, images, training, name) for name in ENGINES if name not in refused}
+        record = _fastest(runs, refused, device)
+    except torch.OutOfMemoryError as error:
+        return [*rows, Found(ran.key, "", f"out of memory ({str(error).splitlines()[0]})", False)]
+    table.add(ran.key, record)
+    return [*rows, Found(ran.key, record.choice, record.evidence, True)]
+
+
+def _run(net: nn.Module, images: list[Tensor], training: bool, engine: str) -> Callable[[int], Any]:
+    """What is timed: forward, and in training backward."""
+    parameters = list(net.parameters())
+    cotangent = torch.randn_like(agreement.step(net, images[0], False, engine).tensors[0])
+
+    def run(k: int) -> object:
+        image = images[k % len(images)].detach().requires_grad_(training)
+        with dispatch.use_engine(engine), torch.set_grad_enabled(training):
+            out = net(image)
+            return torch.autograd.grad(out, [image, *parameters], cotangent) if training else out
+
+    return run
+
+
+def _fastest(runs: dict[str, Callable], refused: dict[str, str], device: torch.device) -> Record:
+    times = interleaved(runs, device, ROUNDS, budget=20)
+    ms = {name: time.ms for name, time in times.items()}
+    return Record(min(ms, key=lambda name: ms[name]), ms, refused)
+
+
+def _fastest_plan(name: str, image: Tensor, device: torch.device) -> Record:
+    """The fastest plan of a pass among those that compute what the reference computes."""
+    x, g, r = (_images(image, device, 1)[0] for _ in range(3))
+    n, c = x.shape[:2]
+    one = torch.rand(n, c, device=device) + 0.5
+    p = Prologue(one, one, Activation("silu"), None, one, one)
+    higher = torch.float64 if x.numel() <= agreement.EXACT else torch.float32
+    same = _pass(reference, name, x, g, r, one, p)
+    table = one.to(higher)
+    precise = p._replace(s1=table, t1=table, s2=table, t2=table)
+    truth = _pass(reference, name, x.to(higher), g.to(higher), r.to(higher), table, precise)
+    refused, runs = {}, {}
+    for plan in configs.PLANS:
+        with configs.use_plan(plan):
+            ours = _pass(dispatch.passes(x), name, x, g, r, one, p)
+        why = agreement.judge(ours, same, truth)
+        if why is None:
+            runs[str(plan)] = _planned(plan, name, x, g, r, one, p)
+        else:
+            refused[str(plan)] = why
+    if not runs:
+        raise RuntimeError(f"no plan of {name} is right on {tuple(x.shape)}: {refused}")
+    return _fastest(runs, refused, device)
+
+
+def _planned(plan: configs.Plan, name: str, x: Tensor, *rest: Any) -> Callable[[int], Any]:
+    def run(k: int) -> None:
+        with configs.use_plan(plan):
+            _pass(dispatch.passes(x), name, x, *rest)
+
+    return run
+
+
+def _pass(
+    passes: Any, name: str, x: Tensor, g: Tensor, r: Tensor, one: Tensor, p: Prologue
+) -> Step:
+    """What a pass makes of an image, a gradient, a residual, a table and a prologue."""
+    found = {
+        "moments": lambda: passes.moments(x, p),
+        "materialize": lambda: (passes.materialize(x, p, None, x.dtype),),
+        "materialize_moments": lambda: passes.materialize_moments(x, p, r, x.dtype),
+        "prologue_sums": lambda: (passes.prologue_sums(g, x, p, one, None, True)[:2],),
+        "prologue_dgrad": lambda: (passes.prologue_dgrad(g, x, p, Fold(one, one, one), True),),
+    }[name]()
+    return Step(tuple(f"result {n}" for n in range(len(found))), tuple(found))
+
+
+def _images(image: Tensor, device: torch.device, count: int | None = None) -> list[Tensor]:
+    """Random images like this one, enough of them that no cache holds them all."""
+    count = nb_inputs(image.nbytes, device) if count is None else count
+    images = []
+    for _ in range(count):
+        images.append(torch.empty_like(image, device=device).normal_())
+    return images
