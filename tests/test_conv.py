@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from cassetta import functional
+from cassetta.kernels import reference
+from cassetta.kernels.types import Geometry
 from cassetta.layers import (
     Conv,
     ConvTransposed,
@@ -279,3 +281,45 @@ def test_a_flag_is_no_word(bias):
 def test_what_is_no_image(make, inp):
     with pytest.raises((TypeError, ValueError), match="inp"):
         make()(inp)
+
+
+GEOMETRIES = {
+    "same": (3, Geometry((1, 1, 1), ((1, 1),) * 3, (1, 1, 1))),
+    "even, dilated": (2, Geometry((1, 1, 1), ((2, 3), (1, 1), (1, 1)), (5, 1, 1))),
+    "strided": (3, Geometry((2, 1, 1), ((0, 0), (1, 1), (1, 1)), (1, 1, 1))),
+    "far taps": (3, Geometry((1, 1, 1), ((31, 31), (1, 1), (1, 1)), (31, 1, 1))),
+    "grouped": (3, Geometry((1, 1, 1), ((1, 1),) * 3, (1, 1, 1), 2)),
+}
+
+
+@pytest.mark.parametrize("largest", [300, 1000])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_a_sample_too_large_for_cudnn_is_convolved_in_slabs(monkeypatch, name, largest):
+    size, geometry = GEOMETRIES[name]
+    x = torch.randn(2, 4, 17, 5, 4).double().requires_grad_()
+    w = torch.randn(4, 4 // geometry.groups, size, 3, 3).double().requires_grad_()
+    b = torch.randn(4).double().requires_grad_()
+    expected = reference.conv_fprop(x, w, b, geometry)
+    g = torch.randn_like(expected)
+    grads = torch.autograd.grad(expected, (x, w, b), g)
+    whole = torch.nn.functional.conv3d
+    seen = []
+
+    def watched(x, w, *rest):
+        seen.append(x[0].numel())
+        return whole(x, w, *rest)
+
+    monkeypatch.setattr(reference, "LARGEST", largest)
+    monkeypatch.setitem(reference._CONV, 3, watched)
+    out = reference.conv_fprop(x, w, b, geometry)
+    assert len(seen) > 1
+    assert_near(out.detach(), expected.detach())
+    for ours, theirs in zip(torch.autograd.grad(out, (x, w, b), g), grads, strict=True):
+        assert_near(ours, theirs)
+    with torch.no_grad():
+        written = reference.conv_backward(g, x, w, b, geometry, (True, True, True))
+        dx, _, db = reference.conv_backward(g, x, w, b, geometry, (False, True, False))
+    assert dx is None
+    assert db is None
+    for ours, theirs in zip(written, grads, strict=True):
+        assert_near(ours, theirs)

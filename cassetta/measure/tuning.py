@@ -27,11 +27,10 @@ from torch import Tensor, nn
 from cassetta.explanation import watch
 from cassetta.kernels import configs, dispatch, evidence, reference
 from cassetta.kernels.evidence import Record
-from cassetta.kernels.types import Activation, Fold, Prologue
+from cassetta.kernels.types import Activation
 from cassetta.layers import fusing
 from cassetta.layers.blocks import ENGINES
 from cassetta.measure import agreement
-from cassetta.measure.agreement import Step
 from cassetta.measure.timing import interleaved, nb_inputs
 
 ROUNDS = 15
@@ -189,49 +188,29 @@ def _fastest(runs: dict[str, Callable], refused: dict[str, str], device: torch.d
 
 def _fastest_plan(name: str, image: Tensor, device: torch.device) -> Record:
     """The fastest plan of a pass among those that compute what the reference computes."""
-    x, g, r = (_images(image, device, 1)[0] for _ in range(3))
-    n, c = x.shape[:2]
-    one = torch.rand(n, c, device=device) + 0.5
-    p = Prologue(one, one, Activation("silu"), None, one, one)
-    higher = torch.float64 if x.numel() <= agreement.EXACT else torch.float32
-    same = _pass(reference, name, x, g, r, one, p)
-    table = one.to(higher)
-    precise = p._replace(s1=table, t1=table, s2=table, t2=table)
-    truth = _pass(reference, name, x.to(higher), g.to(higher), r.to(higher), table, precise)
+    work = agreement.Work.drawn(_images(image, device, 3), Activation("silu"))
+    same = work.step(reference, name)
+    truth = work.to(agreement.higher(image)).step(reference, name)
     refused, runs = {}, {}
     for plan in configs.PLANS:
         with configs.use_plan(plan):
-            ours = _pass(dispatch.passes(x), name, x, g, r, one, p)
+            ours = work.step(dispatch.passes(work.x), name)
         why = agreement.judge(ours, same, truth)
         if why is None:
-            runs[str(plan)] = _planned(plan, name, x, g, r, one, p)
+            runs[str(plan)] = _planned(plan, name, work)
         else:
             refused[str(plan)] = why
     if not runs:
-        raise RuntimeError(f"no plan of {name} is right on {tuple(x.shape)}: {refused}")
+        raise RuntimeError(f"no plan of {name} is right on {tuple(image.shape)}: {refused}")
     return _fastest(runs, refused, device)
 
 
-def _planned(plan: configs.Plan, name: str, x: Tensor, *rest: Any) -> Callable[[int], Any]:
+def _planned(plan: configs.Plan, name: str, work: agreement.Work) -> Callable[[int], Any]:
     def run(k: int) -> None:
         with configs.use_plan(plan):
-            _pass(dispatch.passes(x), name, x, *rest)
+            work.step(dispatch.passes(work.x), name)
 
     return run
-
-
-def _pass(
-    passes: Any, name: str, x: Tensor, g: Tensor, r: Tensor, one: Tensor, p: Prologue
-) -> Step:
-    """What a pass makes of an image, a gradient, a residual, a table and a prologue."""
-    found = {
-        "moments": lambda: passes.moments(x, p),
-        "materialize": lambda: (passes.materialize(x, p, None, x.dtype),),
-        "materialize_moments": lambda: passes.materialize_moments(x, p, r, x.dtype),
-        "prologue_sums": lambda: (passes.prologue_sums(g, x, p, one, None, True)[:2],),
-        "prologue_dgrad": lambda: (passes.prologue_dgrad(g, x, p, Fold(one, one, one), True),),
-    }[name]()
-    return Step(tuple(f"result {n}" for n in range(len(found))), tuple(found))
 
 
 def _images(image: Tensor, device: torch.device, count: int | None = None) -> list[Tensor]:

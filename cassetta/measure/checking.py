@@ -1,0 +1,117 @@
+"""Every kernel against plain PyTorch, on the machine at hand, by the rule of `agreement`."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cassetta.backbones import ATrousNet, MeshNet, UNet
+from cassetta.explanation import explain
+from cassetta.kernels import activations, configs, dispatch, reference
+from cassetta.kernels.types import Activation
+from cassetta.layers import ConvBlock, ConvGroup
+from cassetta.measure import agreement
+
+SHAPES = ((2, 21, 9, 10, 11), (2, 8, 33, 40), (1, 5, 3000), (3, 64, 8, 8, 8))
+_CONSTANTS = {"leaky_relu": (0.1, 0.0), "elu": (1.3, 0.0), "softplus": (2.0, 5.0)}
+
+
+class Checked(NamedTuple):
+    """One comparison."""
+
+    what: str
+    case: str
+    why: str | None  # what is wrong; None if nothing is
+
+
+def check(device: torch.device) -> Iterator[Checked]:
+    """Compare all passes, and small networks forward and backward, with plain PyTorch.
+
+    In float32, float16 and bfloat16; in the interpreter without bfloat16, which it gets wrong. The
+    random state is set.
+    """
+    torch.manual_seed(0)
+    dtypes = configs.dtypes()[: 2 if dispatch.is_interpreted() else 3]
+    for n, (name, dtype) in enumerate(itertools.product(activations.NAMES, dtypes)):
+        shape, last = SHAPES[n % len(SHAPES)], n % 3 == 0
+        yield from _check_passes(name, dtype, shape, last, device)
+    nets = {**_blocks(), **_networks()}
+    for (name, (net, shape)), dtype in itertools.product(nets.items(), dtypes):
+        image = torch.randn(shape, device=device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            why = _wrong(net.to(device), image, deep=name in _networks())
+            yield Checked(name, _case(dtype, shape, False), why)
+
+
+def _check_passes(
+    name: str, dtype: torch.dtype, shape: tuple[int, ...], last: bool, device: torch.device
+) -> Iterator[Checked]:
+    """Every pass with this activation."""
+    images = [_image(shape, dtype, last, device) for _ in range(3)]
+    work = agreement.Work.drawn(images, Activation(name, *_CONSTANTS.get(name, (0.0, 0.0))))
+    for one in agreement.PASSES:
+        case = f"{_case(dtype, shape, last)}, {name}"
+        try:
+            ours = work.step(dispatch.passes(work.x), one)
+        except Exception as error:  # whatever is wrong with it is what is asked for
+            yield Checked(one, case, f"it fails ({type(error).__name__}: {error})")
+            continue
+        truth = work.to(torch.float64).step(reference, one)
+        yield Checked(one, case, agreement.judge(ours, work.step(reference, one), truth))
+
+
+def _wrong(net: nn.Module, image: Tensor, deep: bool) -> str | None:
+    with dispatch.use_engine("library"):
+        plain = [row for row in explain(net, image) if row.engine != "library"]
+    if plain:
+        return f"{plain[0].name} runs as plain PyTorch: {plain[0].reason}"
+    return agreement.disagreement(net, image, True, "library", deep)
+
+
+def _blocks() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
+    """One for each norm, on enough voxels that rounding evens out."""
+    return {
+        f"block, {norm or 'no'} norm": (
+            ConvBlock(3, 6, 6, norm=norm, order="cndax", dropout=0.2), (2, 6, 17, 16, 15),
+        )
+        for norm in ("batch", "instance", "layer", 2, None)
+    }  # fmt: skip
+
+
+def _networks() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
+    """One for each norm and backbone, on images that are no multiple of anything.
+
+    Smooth ones: at the kink of a ReLU, or where two voxels are the largest, the rounding of one
+    value decides over a whole path.
+    """
+    smooth: dict[str, Any] = {"activation": "SiLU"}
+    strided: dict[str, Any] = {"activation": "SiLU", "pool_mode": "conv"}
+    return {
+        "MeshNet": (MeshNet(3, 5, nb_layers=3, dropout=0.2, **smooth), (2, 5, 9, 10, 11)),
+        "U-Net, instance norm": (
+            UNet(3, 4, nb_levels=3, norm="instance", **strided), (2, 4, 11, 9, 10),
+        ),
+        "U-Net, batch norm": (UNet(2, 8, nb_levels=3, norm="batch", **strided), (2, 8, 21, 18)),
+        "U-Net, group norm, summed": (
+            UNet(1, 8, nb_levels=2, norm=2, skip="+", residual=True, **strided), (2, 8, 50),
+        ),
+        "U-Net, no norm": (UNet(2, 8, nb_levels=2, pool_mode="conv", activation="GELU"), (2, 8, 13, 18)),
+        "ATrousNet": (ATrousNet(3, 4, nb_levels=3, **smooth), (1, 4, 8, 9, 10)),
+        "norm first": (
+            ConvGroup(3, 6, nb_conv=3, norm="layer", residual=True, **smooth), (2, 6, 7, 8, 9),
+        ),
+    }  # fmt: skip
+
+
+def _image(
+    shape: tuple[int, ...], dtype: torch.dtype, last: bool, device: torch.device
+) -> Tensor:  # fmt: skip
+    x = torch.randn(shape, device=device).to(dtype)
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x
+
+
+def _case(dtype: torch.dtype, shape: tuple[int, ...], last: bool) -> str:
+    layout = "last" if last else "first"
+    return f"{'x'.join(map(str, shape))} {layout} {str(dtype).removeprefix('torch.')}"
