@@ -13,10 +13,13 @@ import torch
 from cassetta.measure import cases, twins
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAMES = ["block-16-d1", "block-64-d4", "model5_gw_ae", "meshnet", "unet2d"]
 
 
 @pytest.mark.parametrize("which", ["cassetta", "plain torch"])
-@pytest.mark.parametrize("name", ["block-16-d1", "block-64-d4", "model5_gw_ae", "meshnet", "unet2d"])
+@pytest.mark.parametrize(
+    "name", ["block-16-d1", "block-64-d4", "model5_gw_ae", "meshnet", "unet2d"]
+)
 def test_forward_and_backward(benchmark, name, which):
     torch.manual_seed(0)
     case = cases.find(name)

@@ -123,11 +123,13 @@ class NetworkStage:
 
     def _runner(self, rival: Rival, module: nn.Module, parameters: list[Any]) -> Run:
         images, what, dtype = self.images[rival.layout], self.task.what, self.task.dtype
+        graphs = mode_of(rival.engine) == "max-autotune"
         optimizer = torch.optim.Adam(parameters, lr=1e-4) if what == "step" else None
 
         def run(k: int) -> None:
             image = images[k % len(images)]
-            torch.compiler.cudagraph_mark_step_begin()
+            if graphs:
+                torch.compiler.cudagraph_mark_step_begin()
             with dispatch.use_backend(rival.backend):
                 if not self.backward:
                     with torch.no_grad(), correct.rounding(image.device, dtype):
