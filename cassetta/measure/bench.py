@@ -95,45 +95,38 @@ def measure(group: Group, plan: Plan) -> list[Row]:
     rivals = _rivals(group, plan)
     found = {rival: _empty(group, plan, rival) for rival in rivals}
     task = Task(group.case, group.what, DTYPES[group.dtype], plan.device, plan.small)
+    best = roofs.roofs(plan.device, task.dtype)
     layouts = list(dict.fromkeys(rival.layout for rival in rivals))
     ready: dict[peers.Rival, Ready] = {}
     try:
-        stage = (PassStage if group.case.group == "pass" else NetworkStage)(task, layouts)
+        stage = (PassStage if group.case.group == "pass" else NetworkStage)(task, layouts, best)
         for rival in rivals:
             with _recording([found[rival]]):
                 ready[rival] = stage.prepare(rival)
         with _recording([found[rival] for rival in ready]):
-            best = roofs.roofs(plan.device, task.dtype)
-            floors = {rival: stage.floor(rival, best) for rival in ready}
-            _time(ready, found, floors, plan)
+            _time(ready, found, plan)
     except torch.OutOfMemoryError:  # of the stage itself, before any rival runs
         for row in found.values():
             row["error"] = row["error"] or "out of memory in the test of correctness"
     finally:
         ready.clear()
         stage = None
-        _free(group.mode)
-    result = list(found.values())
-    rows.compare(result, {rival.engine for rival in rivals if rival.role == "peer"})
-    for rival, row in found.items():
-        if rival.role == "roof":
-            row["best_peer"] = row["ratio_to_best_peer"] = ""
-    return result
+        if group.mode != "eager":
+            torch.compiler.reset()
+        _free()
+    ours, theirs = ([found[r] for r in rivals if r.role == role] for role in ("ours", "peer"))
+    rows.compare(ours, theirs)
+    return list(found.values())
 
 
-def _time(
-    ready: dict[peers.Rival, Ready], found: dict[peers.Rival, Row],
-    floors: dict[peers.Rival, float], plan: Plan,
-) -> None:  # fmt: skip
+def _time(ready: dict[peers.Rival, Ready], found: dict[peers.Rival, Row], plan: Plan) -> None:
     """Fill in the rows of those who are ready."""
     warmup = 3 if plan.device.type == "cuda" else 1
     runs = {rival.label: one.run for rival, one in ready.items()}
     times = interleaved(runs, plan.device, plan.rounds, warmup, budget=SECONDS)
     for rival, one in ready.items():
         timing = times[rival.label]
-        found[rival].update(
-            timing._asdict(), **one.columns, roof_fraction=floors[rival] / timing.ms
-        )
+        found[rival].update(timing._asdict(), **one.columns, roof_fraction=one.floor / timing.ms)
 
 
 def _rivals(group: Group, plan: Plan) -> list[peers.Rival]:
@@ -163,8 +156,10 @@ def _recording(into: list[Row]) -> Iterator[None]:
         why = f"wrong: {error}"
     except Exception as error:  # a compiler or another package may raise anything
         why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    for row in into if why else []:
-        row["error"] = why
+    if why:
+        for row in into:
+            row["error"] = why
+        _free()
 
 
 @contextlib.contextmanager
@@ -178,10 +173,8 @@ def _tuned() -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-def _free(mode: str) -> None:
-    """Give back what a group held, so that the next one finds the memory it needs."""
-    if mode != "eager":
-        torch.compiler.reset()
+def _free() -> None:
+    """Give back what was held, so that who comes next finds the memory it needs."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

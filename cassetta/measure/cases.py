@@ -97,7 +97,7 @@ def _networks() -> Iterator[Case]:
     text = "MONAI's DynUNet, nnU-Net's layout without biases before norms: the same network"
     make = partial(_strided_unet, bias=False)
     yield Case("monai-dynunet", "network", make, *patches, text, inner=False)
-    text = "MONAI's BasicUNet with its default features: the same network"
+    text = "MONAI's BasicUNet with its default features: the same but for the order of skips"
     shapes = (4, 1, 96, 96, 96), (1, 1, 32, 16, 16)
     yield Case("monai-basicunet", "network", _pooled_unet, *shapes, text, inner=False)
     shapes = (8, 64, 512, 512), (1, 64, 32, 32)

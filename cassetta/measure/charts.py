@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from cassetta.measure.cases import NAMES
-from cassetta.measure.passes import NAMES as IMAGE_PASSES
 from cassetta.measure.peers import MODES
 from cassetta.measure.rows import Row
-from cassetta.measure.stages import PASSES as NETWORK_PASSES
+from cassetta.measure.stages import PASSES
 
 INK, FAINT, PAPER = "#1d2129", "#8a919e", "#ffffff"
-PASSES = (*NETWORK_PASSES, *IMAGE_PASSES)
 FASTER, SLOWER, KEPT, PEAK = "#1b9e8a", "#d1626f", "#3f6fb5", "#9db8de"
 
 

@@ -60,6 +60,7 @@ def truth(
     allowed = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
+        image = image.detach().float().requires_grad_(image.requires_grad)
         return results(plain, parameters, image, seed, torch.float32)
     finally:
         torch.backends.cudnn.allow_tf32 = allowed

@@ -88,13 +88,11 @@ def done(rows: Iterable[Row], known: Row) -> set[tuple[str, ...]]:
     return {key(r) for r in rows if all(str(r[name]) == str(known[name]) for name in _SAME)}
 
 
-def compare(rows: Iterable[Row], peers: set[str]) -> None:
-    """Fill in how rows compare with the fastest of `peers`, in these rows; not those of peers."""
-    rows = list(rows)
-    measured = [r for r in rows if r["engine"] in peers and r["ms"] != ""]
-    best = min(measured, key=lambda r: r["ms"], default=None)
-    for row in rows:
-        if best is not None and row["engine"] not in peers and row["ms"] != "":
+def compare(ours: Iterable[Row], peers: Iterable[Row]) -> None:
+    """Fill in how our rows compare with the fastest peer, where both have numbers."""
+    best = min((r for r in peers if r["ms"] != ""), key=lambda r: r["ms"], default=None)
+    for row in ours:
+        if best is not None and row["ms"] != "":
             row["best_peer"] = f"{best['engine']} {best['layout']}"
             row["ratio_to_best_peer"] = best["ms"] / row["ms"]
 

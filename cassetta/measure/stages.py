@@ -33,6 +33,7 @@ class Ready(NamedTuple):
     """A rival that can be timed, and the columns of its row that are known before."""
 
     run: Run
+    floor: float  # milliseconds below which it cannot come
     columns: dict[str, Any]
 
 
@@ -54,28 +55,24 @@ class Task(NamedTuple):
 class NetworkStage:
     """A network on several images in turn, each in the layouts asked for."""
 
-    def __init__(self, task: Task, layouts: Sequence[str]) -> None:
+    def __init__(self, task: Task, layouts: Sequence[str], best: roofs.Roofs) -> None:
         self.task = task
         self.backward = task.what != "inference"
         self.net = task.case.make().to(task.device).train(self.backward)
-        nbytes = 4 * math.prod(task.shape)
-        images = [
-            torch.randn(task.shape, device=task.device)
-            for _ in range(nb_inputs(nbytes, task.device))
-        ]
+        # what leaves a layer under autocast has its dtype; an image from a file is in float32
+        dtype = task.dtype if task.case.inner else torch.float32
+        nb = nb_inputs(math.prod(task.shape) * dtype.itemsize, task.device)
+        images = [torch.randn(task.shape, device=task.device).to(dtype) for _ in range(nb)]
         wanted = self.backward and task.case.inner
         self.images = {
             layout: [in_memory(x, layout).requires_grad_(wanted) for x in images]
             for layout in layouts
         }
+        self.floor = roofs.floor(self.net, task.shape, task.what, task.dtype, best)
         self.flops = roofs.flops(self.net, task.shape, task.what, task.case.inner)
         self.seed = self._seed(images[0]) if self.backward else None
         self.seeds: dict[tuple[torch.dtype, str], Tensor] = {}
         self.known = self._expected(layouts)
-
-    def floor(self, rival: Rival, best: roofs.Roofs) -> float:
-        """Milliseconds below which no rival can come."""
-        return roofs.floor(self.net, self.task.shape, self.task.what, self.task.dtype, best)
 
     def prepare(self, rival: Rival) -> Ready:
         """The rival, once it is known to compute the right thing and what memory it takes.
@@ -97,20 +94,18 @@ class NetworkStage:
                     raise Wrong(why)
             run = self._runner(rival, module, parameters)
             run(0)
-            return Ready(run, self._columns(rival, run, module, parameters))
+            return Ready(run, self.floor, self._columns(rival, run, module, parameters))
 
     def _columns(
         self, rival: Rival, run: Run, module: nn.Module, parameters: list[Any]
     ) -> dict[str, Any]:
         columns: dict[str, Any] = {"gflop": self.flops / 1e9}
         self._forget(rival, parameters)
-        # a CUDA graph took its memory when it was captured
-        peak = (
-            None if mode_of(rival.engine) == "max-autotune" else peak_bytes(run, self.task.device)
-        )
-        if peak is not None:
+        mode = mode_of(rival.engine)
+        peak = peak_bytes(run, self.task.device)
+        if peak is not None and mode != "max-autotune":  # whose graph took its memory before
             columns["peak_mib"] = peak / MIB
-        if self.backward and mode_of(rival.engine) == "eager":
+        if self.backward and mode == "eager":
             image = self.images[rival.layout][0]
 
             def forward() -> Tensor:
@@ -159,7 +154,7 @@ class NetworkStage:
     def _seed(self, image: Tensor) -> Tensor:
         """A random gradient of the output, whose sums over voxels stay far from fp16's limits."""
         with torch.no_grad():
-            out = twins.plain(self.net)(image)
+            out = twins.plain(self.net)(image.float())
         return torch.randn_like(out, dtype=torch.float32) / math.sqrt(math.prod(out.shape[2:]))
 
     def _seed_like(self, out: Tensor, layout: str) -> Tensor:
@@ -177,19 +172,15 @@ class NetworkStage:
 class PassStage:
     """A pass over several images in turn, each in the layouts asked for."""
 
-    def __init__(self, task: Task, layouts: Sequence[str]) -> None:
+    def __init__(self, task: Task, layouts: Sequence[str], best: roofs.Roofs) -> None:
         self.task = task
+        self.best = best
         nbytes = math.prod(task.shape) * task.dtype.itemsize
         nb = nb_inputs(nbytes, task.device)
         self.work = {
             layout: passes.work(task.shape, layout, task.dtype, nb, task.device)
             for layout in layouts
         }
-
-    def floor(self, rival: Rival, best: roofs.Roofs) -> float:
-        """Milliseconds that the rival takes at the bandwidth of a copy."""
-        what = "copy" if rival.role == "roof" else self.task.what
-        return roofs.pass_floor(what, self.work[rival.layout].images[0], best)
 
     def prepare(self, rival: Rival) -> Ready:
         """The rival, once it is known to compute the right thing and what memory it takes.
@@ -201,10 +192,13 @@ class PassStage:
         """
         work, what = self.work[rival.layout], self.task.what
         run = work.run(what, rival.engine)
-        found = run(0)
+        with dispatch.use_backend(rival.backend):  # which says so where it cannot run
+            found = run(0)
         if rival.role == "ours":
             why = correct.agrees(tensors(found), work.expected(what), self.task.dtype)
             if why:
                 raise Wrong(why)
         peak = peak_bytes(run, self.task.device)
-        return Ready(run, {} if peak is None else {"peak_mib": peak / MIB})
+        name = "copy" if rival.role == "roof" else what
+        floor = roofs.pass_floor(name, work.images[0], self.best)
+        return Ready(run, floor, {} if peak is None else {"peak_mib": peak / MIB})
