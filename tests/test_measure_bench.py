@@ -173,7 +173,7 @@ def test_without_memory_for_the_test_nothing_is_timed(tmp_path, monkeypatch):
     monkeypatch.setattr(correct, "truth", failing)
     (((_, found),), complete) = run(plan(tmp_path, "block-5-d1"))
     assert complete
-    assert {row["error"] for row in found} == {"out of memory in the test of correctness"}
+    assert {row["error"] for row in found} == {"before any rival ran: out of memory"}
     assert {row["ms"] for row in found} == {""}
 
 

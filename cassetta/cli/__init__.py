@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CommandError, OSError) as error:
         reason = " ".join(str(error).split())
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        broken = "memory" not in str(error) or "illegal memory access" in str(error)
+        if isinstance(error, RuntimeError) and broken:
             raise
         first = str(error).splitlines()[0]
         reason = f"not enough memory, use smaller patches, batches or networks ({first})"

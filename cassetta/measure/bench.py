@@ -94,29 +94,28 @@ def measure(group: Group, plan: Plan) -> list[Row]:
     torch.manual_seed(0)
     rivals = _rivals(group, plan)
     found = {rival: _empty(group, plan, rival) for rival in rivals}
-    task = Task(group.case, group.what, DTYPES[group.dtype], plan.device, plan.small)
-    best = roofs.roofs(plan.device, task.dtype)
-    layouts = list(dict.fromkeys(rival.layout for rival in rivals))
-    ready: dict[peers.Rival, Ready] = {}
-    try:
-        stage = (PassStage if group.case.group == "pass" else NetworkStage)(task, layouts, best)
-        for rival in rivals:
-            with _recording([found[rival]]):
-                ready[rival] = stage.prepare(rival)
-        with _recording([found[rival] for rival in ready]):
-            _time(ready, found, plan)
-    except torch.OutOfMemoryError:  # of the stage itself, before any rival runs
-        for row in found.values():
-            row["error"] = row["error"] or "out of memory in the test of correctness"
-    finally:
-        ready.clear()
-        stage = None
-        if group.mode != "eager":
-            torch.compiler.reset()
-        _free()
+    with _recording(list(found.values()), "before any rival ran: "):
+        _fill(group, plan, found)
+    if group.mode != "eager":
+        torch.compiler.reset()
+    _free()
     ours, theirs = ([found[r] for r in rivals if r.role == role] for role in ("ours", "peer"))
     rows.compare(ours, theirs)
     return list(found.values())
+
+
+def _fill(group: Group, plan: Plan, found: dict[peers.Rival, Row]) -> None:
+    """Fill in the rows of rivals, who are in memory no longer than this takes."""
+    task = Task(group.case, group.what, DTYPES[group.dtype], plan.device, plan.small)
+    best = roofs.roofs(plan.device, task.dtype)
+    layouts = list(dict.fromkeys(rival.layout for rival in found))
+    stage = (PassStage if group.case.group == "pass" else NetworkStage)(task, layouts, best)
+    ready: dict[peers.Rival, Ready] = {}
+    for rival, row in found.items():
+        with _recording([row]):
+            ready[rival] = stage.prepare(rival)
+    with _recording([found[rival] for rival in ready]):
+        _time(ready, found, plan)
 
 
 def _time(ready: dict[peers.Rival, Ready], found: dict[peers.Rival, Row], plan: Plan) -> None:
@@ -145,7 +144,7 @@ def _empty(group: Group, plan: Plan, rival: peers.Rival) -> Row:
 
 
 @contextlib.contextmanager
-def _recording(into: list[Row]) -> Iterator[None]:
+def _recording(into: list[Row], when: str = "") -> Iterator[None]:
     """What goes wrong is a result too: it is written into these rows, and the others go on."""
     why = ""
     try:
@@ -158,7 +157,7 @@ def _recording(into: list[Row]) -> Iterator[None]:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     if why:
         for row in into:
-            row["error"] = why
+            row["error"] = when + why
         _free()
 
 
@@ -174,7 +173,12 @@ def _tuned() -> Iterator[None]:
 
 
 def _free() -> None:
-    """Give back what was held, so that who comes next finds the memory it needs."""
+    """Give back what was held, so that who comes next finds the memory it needs.
+
+    A GPU that an earlier error has broken says so here, and ends the benchmark: what would follow
+    are errors of nobody.
+    """
     gc.collect()
     if torch.cuda.is_available():
+        torch.cuda.synchronize()
         torch.cuda.empty_cache()
