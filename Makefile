@@ -31,7 +31,7 @@ test-gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest $(GPU_TESTS) --budget $(BUDGET) --resume -o filterwarnings=default
 
 bench-gpu:
-	PYTHONPATH=. $(PYTHON) bench/gpu.py --budget $(BUDGET)
+	PYTHONPATH=. $(PYTHON) -m cassetta bench --budget $(BUDGET)
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -107,7 +108,7 @@ def test_wrong_words_show_the_usage(words, capsys):
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], *([name, "--help"] for name in ("demo", "predict", "doctor"))]
+    "words", [["--help"], *([name, "--help"] for name in ("demo", "predict", "doctor", "bench"))]
 )
 def test_help(words, capsys):
     with pytest.raises(SystemExit, match="0"):
@@ -437,3 +438,62 @@ def test_the_demo_reaches_its_dice(tmp_path):
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["dice"]["grey matter"] >= 0.88
     assert result["dice"]["white matter"] >= 0.90
+
+
+BENCH = ["bench", "--case", "block-5-d1", "--pass", "inference", "--layout", "first", "--small"]
+
+
+def test_bench_measures_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    assert main(BENCH) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "block-5-d1, inference" in out
+    assert torch.cuda.is_available() or "These are figures of a CPU, for tiny images" in out
+    assert torch.cuda.is_available() or re.search(r"reference first [\d. ]+ x eager first", out)
+    (path,) = (tmp_path / "bench" / "results").glob("*/block.csv")
+    written = path.read_text()
+    assert main(BENCH) == 0
+    assert "0 groups of rows measured now" in capsys.readouterr().out
+    assert path.read_text() == written
+
+
+def test_bench_says_when_the_budget_is_spent(tmp_path, capsys):
+    assert main([*BENCH, "--out", str(tmp_path), "--budget", "1e-9"]) == 0
+    assert "run it again, and it goes on" in capsys.readouterr().out
+    assert not [*tmp_path.iterdir()]
+
+
+def test_bench_lists_its_cases(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "--list", "--case", "network", "passes-21"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "meshnet" in lines[1]
+    assert "1 x 21 x 256 x 256 x 256" in lines[1]
+    assert not any("block-" in line for line in lines)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_bench_draws(tmp_path, capsys):
+    results, pictures = tmp_path / "results", tmp_path / "pictures"
+    assert main([*BENCH, "--out", str(results)]) == 0
+    capsys.readouterr()
+    assert main(["bench", "--out", str(results), "--charts", str(pictures)]) == 0
+    drawn = capsys.readouterr().out.split()
+    assert sorted(drawn) == sorted(map(str, pictures.iterdir()))
+    assert len(drawn) >= 2
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--case", "mesnet"], "name='mesnet' is no case: 'meshnet' is one"),
+        (["--budget", "0"], "--budget 0.0 must be positive and finite: try 500"),
+        (["--charts", "pictures"], "holds no results: run `cassetta bench` first"),
+    ],
+)
+def test_bench_refuses(words, reason, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", *words]) == 2
+    assert reason in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]

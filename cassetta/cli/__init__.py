@@ -1,4 +1,4 @@
-"""The command line: `cassetta demo`, `predict`, `doctor`, `check`, `compile-check`.
+"""The command line: `cassetta demo`, `predict`, `summary`, `tune`, `bench`, `check`, `doctor`, ...
 
 A command is a module with `add_arguments(parser)` and `run(arguments) -> exit code`. What a command
 needs beyond the package itself (nibabel, nilearn, matplotlib: the extra "demo") it imports when it
@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 import torch
 
-from cassetta.cli import check, compile_check, demo, doctor, predict
+from cassetta.cli import bench, check, compile_check, demo, doctor, predict
 from cassetta.cli.errors import CommandError
 
 COMMANDS = {
-    "demo": demo, "predict": predict, "doctor": doctor, "check": check,
+    "demo": demo, "predict": predict, "doctor": doctor, "check": check, "bench": bench,
     "compile-check": compile_check,
 }  # fmt: skip
 
@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CommandError, OSError) as error:
         reason = " ".join(str(error).split())
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        broken = "memory" not in str(error) or "illegal memory access" in str(error)
+        if isinstance(error, RuntimeError) and broken:
             raise
         first = str(error).splitlines()[0]
         reason = f"not enough memory, use smaller patches, batches or networks ({first})"

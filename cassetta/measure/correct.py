@@ -1,0 +1,114 @@
+"""Whether a rival of ours computes the right thing, on the very input it is timed on.
+
+The rule: err(ours) <= 2 err(plain PyTorch in the same dtype) + slack, in norm, both against plain
+PyTorch in float32; for the output, and for the gradients of the image and of every parameter. A
+gradient that is zero by theory (a bias before a norm) is compared on the scale of the largest.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+# in units of the dtype's rounding; the truth, in float32, has roundings of its own
+SLACK = {torch.float32: 256, torch.bfloat16: 8, torch.float16: 8}
+SMALLEST = 1e-2
+"""Gradients smaller than this part of the largest one are compared on the scale of this part."""
+
+
+class Expected(NamedTuple):
+    """What plain PyTorch computes."""
+
+    truth: list[Tensor]  # in float32
+    same: list[Tensor]  # in the dtype and the layout that are timed
+
+
+def results(
+    module: nn.Module, parameters: Sequence[Tensor], image: Tensor, seed: Tensor | None,
+    dtype: torch.dtype,
+) -> list[Tensor]:  # fmt: skip
+    """The output; and with the gradient of it, `seed`, those of image and parameters.
+
+    Without dropout, whose draws depend on the dtype.
+    """
+    for parameter in parameters:
+        parameter.grad = None
+    image = image.detach().requires_grad_(seed is not None and image.requires_grad)
+    with (
+        _undropped(module),
+        rounding(image.device, dtype),
+        torch.set_grad_enabled(seed is not None),
+    ):
+        out = module(image)
+    found = [out.detach().clone()]
+    if seed is not None:
+        out.backward(seed.to(out.dtype))
+        gradients = [p.grad for p in (image, *parameters) if p.requires_grad]
+        found += [torch.zeros(1) if g is None else g.detach().clone() for g in gradients]
+        for parameter in parameters:
+            parameter.grad = None
+    return found
+
+
+def truth(
+    plain: nn.Module, parameters: Sequence[Tensor], image: Tensor, seed: Tensor | None
+) -> list[Tensor]:
+    """`results` of plain PyTorch in float32, without TF32."""
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        image = image.detach().float().requires_grad_(image.requires_grad)
+        return results(plain, parameters, image, seed, torch.float32)
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
+
+
+def agrees(ours: Sequence[Tensor], known: Expected, dtype: torch.dtype) -> str | None:
+    """Why these results are not as good as those of plain PyTorch, as a sentence; None if they are.
+
+    Parameters
+    ----------
+    ours : list of tensor
+        Output and gradients, in the order of `results`.
+    known : Expected
+        What plain PyTorch computes.
+    dtype : torch.dtype
+        The dtype of both.
+    """
+    gradients = [t.norm().item() for t in known.truth[1:]]
+    largest = max(gradients, default=0.0)
+    for n, (one, other, truth) in enumerate(zip(ours, known.same, known.truth, strict=True)):
+        what = f"gradient {n}" if n else "the output"
+        if one.shape != truth.shape:
+            return f"{what} has shape {tuple(one.shape)}, not {tuple(truth.shape)}"
+        scale = max(truth.norm().item(), SMALLEST * largest if n else 0.0, 1e-30)
+        off, allowed = ((t.float() - truth).norm().item() / scale for t in (one, other))
+        limit = 2 * allowed + SLACK[dtype] * torch.finfo(dtype).eps
+        if not off <= limit:  # and NaN is not
+            return f"{what} is off by {off:.2g} of its norm, more than {limit:.2g}"
+    return None
+
+
+@contextlib.contextmanager
+def rounding(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Autocast to this dtype, or nothing at all in float32."""
+    if dtype is torch.float32:
+        yield
+    else:
+        with torch.autocast(device.type, dtype):
+            yield
+
+
+@contextlib.contextmanager
+def _undropped(module: nn.Module) -> Iterator[None]:
+    dropouts = [m for m in module.modules() if isinstance(m, _DropoutNd) and m.training]
+    for dropout in dropouts:
+        dropout.eval()
+    try:
+        yield
+    finally:
+        for dropout in dropouts:
+            dropout.train()
