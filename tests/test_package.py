@@ -17,7 +17,9 @@ PYPROJECT = (ROOT / "pyproject.toml").read_text()
 # every part may import those after it, and none before it
 FLOORS = [
     "cli",
+    "fitting",
     "costs",
+    "rehearsal",
     "explanation",
     "models",
     "backbones",
