@@ -1,4 +1,4 @@
-"""The command line: `cassetta demo`, `predict`, `doctor`, `compile-check`.
+"""The command line: `cassetta demo`, `predict`, `summary`, `doctor`, `compile-check`.
 
 A command is a module with `add_arguments(parser)` and `run(arguments) -> exit code`. What a command
 needs beyond the package itself (nibabel, nilearn, matplotlib: the extra "demo") it imports when it
@@ -11,11 +11,12 @@ from collections.abc import Sequence
 
 import torch
 
-from cassetta.cli import compile_check, demo, doctor, predict
+from cassetta.cli import compile_check, demo, doctor, predict, summary
 from cassetta.cli.errors import CommandError
 
 COMMANDS = {
-    "demo": demo, "predict": predict, "doctor": doctor, "compile-check": compile_check,
+    "demo": demo, "predict": predict, "summary": summary, "doctor": doctor,
+    "compile-check": compile_check,
 }  # fmt: skip
 
 
