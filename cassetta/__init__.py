@@ -7,7 +7,8 @@ io          modules that save how they were built
 functional  what the layers compute
 kernels     who computes it, and why
 
-`summary(net, shape)` says what a network costs, `explain(net, image)` who runs it and why.
+`summary(net, shape)` says what a network costs, `largest(net, shape, memory)` how much of it fits,
+`explain(net, image)` who runs it and why, `tune(net, image)` finds out what runs it fastest.
 """
 
 from cassetta import (
@@ -21,6 +22,8 @@ from cassetta import (
 )
 from cassetta.costs import summary as summary
 from cassetta.explanation import explain as explain
+from cassetta.fitting import largest as largest
 from cassetta.kernels.dispatch import set_backend as set_backend, use_backend as use_backend
+from cassetta.measure.tuning import tune as tune
 
 __version__ = "0.1.0"

@@ -1,7 +1,13 @@
-"""What a network costs in plain PyTorch: parameters, operations, memory kept, block by block."""
+"""What a network costs: parameters, operations and memory, block by block, and at the peak.
+
+What is kept for backward, and what is alive at the peak, is told for plain PyTorch and for fused
+blocks. The network runs on stand-ins (`cassetta.rehearsal`), so nothing is computed.
+"""
 
 import io
 import math
+import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -9,11 +15,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from cassetta.kernels import dispatch
 from cassetta.layers import ConvBlock
 from cassetta.layers.updown import Level
+from cassetta.rehearsal import Input, Rehearsal
+
+FOOTER = """\
+kept: for backward, in plain PyTorch; fused: where all blocks that can be are (backend 'triton')
+peak: parameters, gradients, buffers, inputs, and all else alive at the worst moment; not in it are
+the loss, workspaces of cuDNN, fragmentation, and what a GPU needs for itself: leave room for them
+cassetta.explain tells which blocks are fused"""
 
 
 class Row(NamedTuple):
@@ -25,13 +36,36 @@ class Row(NamedTuple):
     parameters: int
     flops: int  # forward; a multiplication and an addition are two
     kept_bytes: int  # for backward, beyond what earlier blocks and the parameters hold
+    fused_bytes: int  # the same, where blocks are fused
 
 
 class Summary(Sequence[Row]):
-    """The rows of a network, in the order of execution; prints as a table."""
+    """The rows of a network, in the order of execution; prints as a table.
 
-    def __init__(self, rows: list[Row]) -> None:
+    Attributes
+    ----------
+    parameters, flops, kept_bytes, fused_bytes : int
+        Sums over the rows.
+    peak_bytes, fused_peak_bytes : int
+        The most that is alive during forward and backward, gradients and parameters included, in
+        plain PyTorch and with fused blocks.
+    inference_peak_bytes, fused_inference_peak_bytes : int
+        The same in evaluation, without gradients.
+    optimizer_bytes : int
+        What Adam would add to a training step: two numbers per parameter.
+    """
+
+    def __init__(
+        self,
+        rows: list[Row],
+        training: tuple[int, int],
+        inference: tuple[int, int],
+        optimizer_bytes: int,
+    ) -> None:
         self.rows = rows
+        self.peak_bytes, self.fused_peak_bytes = training
+        self.inference_peak_bytes, self.fused_inference_peak_bytes = inference
+        self.optimizer_bytes = optimizer_bytes
 
     def __getitem__(self, index: Any) -> Any:
         return self.rows[index]
@@ -51,33 +85,58 @@ class Summary(Sequence[Row]):
     def kept_bytes(self) -> int:
         return sum(row.kept_bytes for row in self.rows)
 
+    @property
+    def fused_bytes(self) -> int:
+        return sum(row.fused_bytes for row in self.rows)
+
     def __str__(self) -> str:
-        table = Table(box=None, pad_edge=False)
-        for name in ("block", "kind", "shape"):
-            table.add_column(name)
-        for name in ("parameters", "GFLOP", "kept MiB"):
-            table.add_column(name, justify="right")
-        total = Row("total", "", (), self.parameters, self.flops, self.kept_bytes)
-        for row in [*self.rows, total]:
+        sums = self.parameters, self.flops, self.kept_bytes, self.fused_bytes
+        blocks = _table("block", "kind", "shape", "parameters", "GFLOP", "kept MiB", "fused MiB")
+        for row in [*self.rows, Row("total", "", (), *sums)]:
             shape = " x ".join(map(str, row.shape))
-            cost = f"{row.flops / 1e9:.3f}", f"{row.kept_bytes / 2**20:.2f}"
-            table.add_row(row.name, row.kind, shape, f"{row.parameters:,}", *cost)
+            cost = f"{row.flops / 1e9:.3f}", _mib(row.kept_bytes), _mib(row.fused_bytes)
+            blocks.add_row(row.name, row.kind, shape, f"{row.parameters:,}", *cost)
+        peaks = _table("peak MiB", "", "", "plain", "fused")
+        adam = f"and {_mib(self.optimizer_bytes)} more for Adam"
+        training = _mib(self.peak_bytes), _mib(self.fused_peak_bytes)
+        inference = _mib(self.inference_peak_bytes), _mib(self.fused_inference_peak_bytes)
+        peaks.add_row("training", adam, "", *training)
+        peaks.add_row("inference", "", "", *inference)
         text = io.StringIO()
-        Console(file=text, width=140).print(table)
+        console = Console(file=text, width=140)
+        console.print(blocks)
+        console.print()
+        console.print(peaks)
         lines = [line.rstrip() for line in text.getvalue().splitlines()]
-        return "\n".join(
-            [*lines, "in plain PyTorch; cassetta.explain tells which blocks are fused"]
-        )
+        return "\n".join([*lines, "", FOOTER])
 
 
-def summary(model: nn.Module, *inputs: Tensor | Sequence[int]) -> Summary:
-    """Count what a network costs in plain PyTorch. Nothing is computed, allocated or changed.
+def _table(*columns: str) -> Table:
+    """An empty one; three columns of words, and numbers from there on."""
+    table = Table(box=None, pad_edge=False)
+    for n, name in enumerate(columns):
+        table.add_column(name, justify="left" if n < 3 else "right")
+    return table
 
-    Fused blocks compute the same operations, and keep about half the memory.
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.2f}"
+
+
+def summary(model: nn.Module, *inputs: Input, autocast: torch.dtype | None = None) -> Summary:
+    """Count what a network costs. Nothing is computed, allocated or changed.
+
+    Fused blocks compute the same operations and keep less for backward; how much is told for each.
+    What a block leaves pending is kept where it is applied: if that is between blocks, there.
 
     ```python
     print(cassetta.summary(net, (1, 1, 128, 128, 128)))
     ```
+
+    The peaks count tensors. Not in them are the loss (but for the gradient of the output, which it
+    hands back), the workspaces of cuDNN, the fragmentation of memory, and what a GPU needs for
+    itself. Mixed precision is that of `torch.autocast` on a CPU; on a GPU group norms and softmax
+    return float32, so plain PyTorch may keep more there.
 
     Parameters
     ----------
@@ -85,6 +144,8 @@ def summary(model: nn.Module, *inputs: Tensor | Sequence[int]) -> Summary:
         The network, on any device; in training mode if what training costs is asked for.
     *inputs : tensor or shape
         What it would be called with.
+    autocast : {None, torch.bfloat16, torch.float16}
+        In mixed precision of this dtype.
 
     Returns
     -------
@@ -97,29 +158,42 @@ def summary(model: nn.Module, *inputs: Tensor | Sequence[int]) -> Summary:
     ValueError
         If the shape of a parameter is not known yet, or the network refuses the inputs.
     """
-    if any(map(is_lazy, model.parameters())):
-        raise ValueError("model holds lazy layers without a shape: call it once on an image first")
-    twins = {p: p.detach().to("meta").requires_grad_() for p in model.parameters()}
-    state: dict[str, Tensor] = {name: b.to("meta") for name, b in model.named_buffers()}
-    for place, module in model.named_modules():  # each once, though blocks may be shared
-        for name, parameter in module.named_parameters(place, recurse=False):
-            state[name] = twins[parameter]
-    dtype = next(iter(twins), torch.empty(0)).dtype
-    arguments = [
-        x.to("meta") if isinstance(x, Tensor) else torch.empty(*x, dtype=dtype, device="meta")
-        for x in inputs
-    ]
-    meter = _Meter(twins.values())
-    blocks = {block: name for name, block in reversed([*_blocks(model, "")])}  # the first name
-    hooks = [hook for block, name in blocks.items() for hook in meter.attach(name, block)]
+    rehearsal = Rehearsal(model, autocast)
+    return Summary(
+        _rows(model, rehearsal, inputs),
+        (rehearsal.training_peak(*inputs), rehearsal.training_peak(*inputs, fused=True)),
+        (rehearsal.inference_peak(*inputs), rehearsal.inference_peak(*inputs, fused=True)),
+        rehearsal.optimizer_bytes,
+    )
+
+
+def _rows(model: nn.Module, rehearsal: Rehearsal, inputs: Sequence[Input]) -> list[Row]:
+    """A row per block that ran, and one for what is left. A parameter is counted once."""
+    from torch.utils.flop_counter import FlopCounterMode  # which imports triton
+
+    names = {block: name for name, block in reversed([*_blocks(model, "")])}  # the first name
+    plain, fused = (_Kept(names, rehearsal.parameters) for _ in range(2))
+    meter = _Meter(FlopCounterMode(display=False))
+    hooks = [hook for block in names for hook in meter.attach(block)]
     try:
-        with meter, dispatch.use_backend("reference"):
-            # tie_weights=True would leave shared modules with the tensors of this call
-            torch.func.functional_call(model, state, tuple(arguments), tie_weights=False)
+        with meter.flops, plain:
+            rehearsal(*inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    return Summary(meter.rows(model))
+    with fused:
+        rehearsal(*inputs, fused=True)
+    left, rows = set(model.parameters()), []
+    for block, shape in meter.shapes.items():
+        own = left & set(block.parameters())
+        left -= own
+        kept = meter.counts[block], plain.counts[block], fused.counts[block]
+        rows.append(Row(names[block], type(block).__name__, shape, _count(own), *kept))
+    flops = meter.flops.get_total_flops() - meter.counts.total()
+    if left or flops or plain.counts[None] or fused.counts[None]:
+        kept = plain.counts[None], fused.counts[None]
+        rows.append(Row("(between blocks)", "", (), _count(left), flops, *kept))
+    return rows
 
 
 def _blocks(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
@@ -132,66 +206,51 @@ def _blocks(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 class _Meter:
-    """Counts operations and saved tensors, and shares them out among the blocks that run."""
+    """Shares operations out among the blocks that run."""
 
-    def __init__(self, parameters: Any) -> None:
-        from torch.utils.flop_counter import FlopCounterMode  # which imports triton
+    def __init__(self, flops: Any) -> None:
+        self.flops = flops  # a FlopCounterMode
+        self.counts: Counter[nn.Module] = Counter()
+        self.shapes: dict[nn.Module, tuple[int, ...]] = {}
 
-        self.flops = FlopCounterMode(display=False)
-        self.saving = torch.autograd.graph.saved_tensors_hooks(self._save, lambda tensor: tensor)
-        self.held = {p.untyped_storage()._cdata: p for p in parameters}
-        self.kept = 0
-        self.found: dict[nn.Module, Row] = {}
-        self.before = (0, 0)
-
-    def __enter__(self) -> None:
-        self.flops.__enter__()
-        self.saving.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self.saving.__exit__(*error)
-        self.flops.__exit__(*error)
-
-    def _save(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.held:  # holding it, so that no other takes its address
-            self.held[storage._cdata] = tensor
-            self.kept += storage.nbytes()
-        return tensor
-
-    def _now(self) -> tuple[int, int]:
-        return self.flops.get_total_flops(), self.kept
-
-    def attach(self, name: str, block: nn.Module) -> list[Any]:
-        """Hooks that fill the row of a block, each time that it runs."""
+    def attach(self, block: nn.Module) -> list[Any]:
+        """Hooks that count what the block does, each time that it runs."""
 
         def start(module: nn.Module, args: Any) -> None:
-            self.before = self._now()
+            self.counts[block] -= self.flops.get_total_flops()
 
         def stop(module: nn.Module, args: Any, out: Any) -> None:
-            flops, kept = (now - then for now, then in zip(self._now(), self.before, strict=True))
-            earlier = self.found.get(block)  # a block that is shared runs several times
-            if earlier:
-                flops, kept = flops + earlier.flops, kept + earlier.kept_bytes
-            shape = tuple((out[0] if isinstance(out, tuple) else out).shape)
-            self.found[block] = Row(name, type(module).__name__, shape, 0, flops, kept)
+            self.counts[block] += self.flops.get_total_flops()
+            self.shapes[block] = tuple((out[0] if isinstance(out, tuple) else out).shape)
 
         return [block.register_forward_pre_hook(start), block.register_forward_hook(stop)]
 
-    def rows(self, model: nn.Module) -> list[Row]:
-        """A row per block that ran, and one for what is left. A parameter is counted once."""
-        left = set(model.parameters())
-        rows = []
-        for block, row in self.found.items():
-            own = left & set(block.parameters())
-            left -= own
-            rows.append(row._replace(parameters=_count(own)))
-        flops, kept = self._now()
-        flops -= sum(row.flops for row in rows)
-        kept -= sum(row.kept_bytes for row in rows)
-        if left or flops or kept:
-            rows.append(Row("(between blocks)", "", (), _count(left), flops, kept))
-        return rows
+
+class _Kept(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes that are saved for backward, beyond parameters, by the block that saves."""
+
+    def __init__(self, blocks: Iterable[nn.Module], parameters: Iterable[Tensor]) -> None:
+        super().__init__(self._save, lambda tensor: tensor)
+        self.counts: Counter[nn.Module | None] = Counter()
+        self._blocks = set(blocks)
+        self._held = {p.untyped_storage()._cdata: p for p in parameters}
+
+    def _save(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._held:  # holding it, so that no other takes its address
+            self._held[storage._cdata] = tensor
+            self.counts[self._running()] += storage.nbytes()
+        return tensor
+
+    def _running(self) -> nn.Module | None:
+        """The block that is running, by the stack of calls: a hook on it would end its fusion."""
+        frame: Any = sys._getframe()
+        while frame is not None:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, nn.Module) and owner in self._blocks:
+                return owner
+            frame = frame.f_back
+        return None
 
 
 def _count(parameters: Iterable[Tensor]) -> int:

@@ -95,7 +95,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 @contextmanager
 def fused_on_reference() -> Iterator[None]:
-    """For tests: the written-out gradients, on the passes of `reference`, in any dtype."""
+    """For tests and rehearsals: the written-out gradients on the passes of `reference`."""
     global _on_reference_passes
     before, _on_reference_passes = _on_reference_passes, True
     try:

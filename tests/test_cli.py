@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from cassetta.cli import main
+import cassetta
+from cassetta.cli import COMMANDS, main
 from cassetta.cli.patches import Sampler
+from cassetta.io import make_loadable
 from cassetta.models import SegNet
 
 TINY = ["--resolution", "6", "--patch", "6", "--steps", "4", "--batch", "2", "--device", "cpu"]
@@ -107,9 +109,7 @@ def test_wrong_words_show_the_usage(words, capsys):
     assert "usage: cassetta" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "words", [["--help"], *([name, "--help"] for name in ("demo", "predict", "doctor", "bench"))]
-)
+@pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS)])
 def test_help(words, capsys):
     with pytest.raises(SystemExit, match="0"):
         main(words)
@@ -128,6 +128,102 @@ def test_without_any_extra_the_command_line_works_and_says_what_is_missing():
     assert done.stdout.strip().endswith("0 2 2"), done.stderr
     assert "extra demo      lacks nibabel, nilearn, matplotlib" in done.stdout
     assert "pip install 'cassetta-triton[demo]'" in done.stderr
+
+
+def rows(out):
+    """The tables that were printed: the words of each line, by the first of them."""
+    return {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
+
+
+def test_summary_says_what_a_network_costs_and_how_much_fits(capsys):
+    words = ["--size", "32", "24", "16", "--batch", "2", "--memory", "0.25"]
+    assert main(["summary", "Fedorov", *words]) == 0
+    out = capsys.readouterr().out
+    found = cassetta.summary(SegNet.preset("fedorov"), (2, 1, 32, 24, 16))
+    assert rows(out)["total"][1] == "72,516"
+    assert rows(out)["total"][3] == f"{found.kept_bytes / 2**20:.2f}"
+    assert rows(out)["training"][-2:] == [
+        f"{found.peak_bytes / 2**20:.2f}", f"{found.fused_peak_bytes / 2**20:.2f}",
+    ]  # fmt: skip
+    assert "largest in 0.25 GiB" in out
+    net = SegNet.preset("fedorov")
+    for n, fused in ((-2, False), (-1, True)):
+        batch = cassetta.largest(net, (2, 1, 32, 24, 16), 2**28, fused=fused)[0]
+        assert rows(out)["batch"][n] == str(batch)
+    edge = cassetta.largest(net, (2, 1, 32, 24, 16), 2**28, vary="size")[-1]
+    assert rows(out)["volume"][-5:] == [str(edge), "x", str(edge), "x", str(edge)]
+
+
+def test_summary_takes_any_backbone_in_any_precision(capsys):
+    words = ["unet", "--ndim", "2", "--channels", "8", "--option", "nb_levels=2", "--size", "64"]
+    kept = []
+    for precision in ("float32", "bfloat16", "float16"):
+        assert main(["summary", *words, "--precision", precision]) == 0
+        out = capsys.readouterr().out
+        assert "1 x 8 x 64 x 64" in out
+        kept.append(float(rows(out)["total"][3]))
+    assert kept[0] > 1.5 * kept[1]
+    assert kept[1] == kept[2]
+
+
+def test_summary_of_a_saved_network_for_inference(trained, capsys):
+    path = str(trained / "weights.pt")
+    assert main(["summary", path, "--size", "32", "--memory", "0.01", "--inference"]) == 0
+    out = capsys.readouterr().out
+    net = SegNet.load_from(path)
+    shape = (1, 1, 32, 32, 32)
+    assert "x 32 x 32 x 32" in out
+    batch = cassetta.largest(net, shape, int(0.01 * 2**30), inference=True)[0]
+    assert rows(out)["batch"][-1] == str(batch)
+    training = cassetta.largest(net, shape, int(0.01 * 2**30))[0]
+    assert training < batch
+
+
+def test_summary_says_where_nothing_fits(capsys):
+    assert main(["summary", "fedorov", "--size", "64", "--memory", "0.02"]) == 0
+    assert rows(capsys.readouterr().out)["batch"][-2:] == ["-", "-"]  # but volumes do
+    assert main(["summary", "fedorov", "--size", "64", "--memory", "0.0001"]) == 2
+    assert "--memory 0.0001: memory=107374 is too small" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["mesh"], "MODEL='mesh' is unknown: use 'MeshNet'"),
+        (["no.pt"], "or the path of a file that cassetta saved"),
+        (["TEXT"], "cannot be read"),
+        (["LINEAR"], "holds a LoadableLinear, which does not say its ndim and inp_channels"),
+        (["WEIGHTS", "--ndim", "2"], "--ndim cannot change"),
+        (["WEIGHTS", "--option", "norm=batch"], "--option cannot change"),
+        (["WEIGHTS", "--channels", "3"], "--channels cannot change"),
+        (["fedorov", "--option", "norm=batch"], "--option cannot change fedorov: leave it out"),
+        (["UNet", "--option", "norm"], "--option norm is not of the form NAME=VALUE"),
+        (["UNet", "--option", "norm=bach"], "norm='bach'"),
+        (["UNet", "--option", "nb_featuers=3"], "nb_featuers"),
+        (["UNet", "--ndim", "4"], "ndim=4 is too large"),
+        (["UNet", "--channels", "0"], "--channels=0 is too small"),
+        (["UNet", "--size", "4"], "need (8, 8, 8)"),
+        (["UNet", "--size", "0"], "--size[0]=0 is too small"),
+        (["UNet", "--size", "9", "9", "9", "9"], "has 4 values for ndim=3"),
+        (["UNet", "--size", "2000000000"], "2000000000"),
+        (["UNet", "--batch", "-1"], "--batch=-1 is too small"),
+        (["UNet", "--memory", "0"], "--memory 0.0 must be a number of GiB"),
+        (["UNet", "--memory", "nan"], "--memory nan must be a number of GiB"),
+        (["UNet", "--memory", "1e300"], "--memory 1e+300 must be a number of GiB"),
+        (["UNet", "--inference"], "--inference says what has to fit: give --memory too"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_summary_refuses(words, message, trained, tmp_path, capsys):
+    files = {name: tmp_path / name for name in ("TEXT", "LINEAR")}
+    files["TEXT"].write_text("not a network")
+    make_loadable(torch.nn.Linear)(2, 3).save(files["LINEAR"])
+    files["WEIGHTS"] = trained / "weights.pt"
+    assert main(["summary", *(str(files.get(word, word)) for word in words)]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert "Traceback" not in printed.err
+    assert not printed.out
 
 
 def test_demo_leaves_its_results(trained):

@@ -1,5 +1,7 @@
 """What a network costs, against a run that really happens."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cassetta
 from cassetta.backbones import ATrousNet, ConvEncoder, MeshNet, UNet
+from cassetta.kernels import dispatch
 from cassetta.layers import ConvGroup
 from cassetta.models import SegNet
 
@@ -27,8 +30,11 @@ def shape(net):
 NDIM = {"UNet": 2, "MeshNet": 3, "ATrousNet": 2, "ConvEncoder": 1, "SegNet": 2, "ConvGroup": 2}
 
 
-def really(net, inp):
+def really(net, inp, fused=False, dtype=None):
     """Operations, and bytes kept for backward beyond the parameters, of a run on the CPU."""
+    engine = dispatch.fused_on_reference() if fused else contextlib.nullcontext()
+    # its hooks on modules would end the fusion
+    flops = contextlib.nullcontext() if fused else FlopCounterMode(display=False)
     held = {p.untyped_storage()._cdata for p in net.parameters()}
     kept = {}
 
@@ -39,11 +45,14 @@ def really(net, inp):
         return tensor
 
     with (
-        FlopCounterMode(display=False) as flops,
+        flops,
+        engine,
+        torch.autocast("cpu", dtype, enabled=dtype is not None),
         torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
     ):
         net(inp)
-    return flops.get_total_flops(), sum(storage.nbytes() for storage in kept.values())
+    operations = None if fused else flops.get_total_flops()
+    return operations, sum(storage.nbytes() for storage in kept.values())
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -54,6 +63,43 @@ def test_counts_are_those_of_a_run(name):
     assert found.parameters == sum(p.numel() for p in net.parameters())
     assert found.flops == flops
     assert found.kept_bytes == pytest.approx(kept, rel=0.01)
+
+
+KEEP = {
+    "unet": lambda norm: (UNet(2, 4, nb_levels=3, norm=norm), (2, 4, 16, 16)),
+    "meshnet": lambda norm: (MeshNet(3, 4, nb_layers=2, norm=norm), (2, 4, 8, 8, 8)),
+    "atrous": lambda norm: (ATrousNet(2, 4, nb_levels=2, norm=norm), (2, 4, 16, 16)),
+    "group": lambda norm: (
+        ConvGroup(2, 4, nb_conv=3, norm=norm, activation="GELU"),
+        (2, 4, 16, 16),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("norm", ["batch", "instance", 2, None], ids=str)
+@pytest.mark.parametrize("name", KEEP)
+def test_what_is_kept_is_what_hooks_see(name, norm, dtype):
+    """To the byte; in mixed precision torch's stand-ins round the statistics of plain norms too."""
+    net, shape = KEEP[name](norm)
+    inp = torch.randn(shape)
+    found = cassetta.summary(net, shape, autocast=dtype)
+    _, plain = really(net, inp, dtype=dtype)
+    _, fused = really(net, inp, fused=True, dtype=dtype)
+    assert found.kept_bytes == (plain if dtype is None else pytest.approx(plain, rel=0.01))
+    assert found.fused_bytes == fused
+    if norm is not None:
+        assert fused < 0.9 * plain
+
+
+def test_a_fused_convolution_by_hand():
+    """Per block its input is kept; and what leaves the last one, where its norm is applied."""
+    net = ConvGroup(3, 8, nb_conv=2, norm="instance", order="cndax")
+    one = 8 * 16**3 * 4
+    found = cassetta.summary(net, (1, 8, 16, 16, 16))
+    assert [row.name for row in found] == ["0", "1", "(between blocks)"]
+    for row in found:
+        assert row.fused_bytes == pytest.approx(one, rel=0.03)
 
 
 def test_a_convolution_by_hand():
@@ -110,12 +156,18 @@ def test_prints_as_a_table():
     text = str(cassetta.summary(NETS["unet"](), torch.randn(1, 4, 16, 16)))
     assert "encoder.0.0" in text
     assert "total" in text
+    assert "fused MiB" in text
+    assert "workspaces of cuDNN" in text
+    for row in ("training", "inference"):
+        assert any(line.startswith(row) for line in text.splitlines())
     assert "cassetta.explain" in text
 
 
 @pytest.mark.parametrize("name", ["meshnet", "recurrent"])
 def test_nothing_is_changed(name):
     net = NETS[name]()
+    net[-1].eval()
+    modes = [module.training for module in net.modules()]
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     random = torch.get_rng_state()
     cassetta.summary(net, shape(net))
@@ -124,7 +176,7 @@ def test_nothing_is_changed(name):
     assert torch.equal(torch.get_rng_state(), random)
     assert all(p.grad is None for p in net.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
-    assert net.training
+    assert [module.training for module in net.modules()] == modes
 
 
 def test_an_image_that_does_not_fit_leaves_no_hooks():
@@ -138,3 +190,23 @@ def test_a_huge_network_costs_nothing_to_look_at():
     net = SegNet.preset("mindgrab")
     found = cassetta.summary(net, (1, 1, 256, 256, 256))
     assert found.flops == pytest.approx(4.9e12, rel=0.01)
+
+
+def test_a_frozen_network_keeps_what_it_keeps():
+    net = NETS["meshnet"]().requires_grad_(False)
+    found = cassetta.summary(net, shape(net))
+    assert (found.kept_bytes, found.fused_bytes, found.optimizer_bytes) == (0, 0, 0)
+    assert found.parameters == sum(p.numel() for p in net.parameters())
+
+
+def test_the_peaks_are_in_order():
+    """A step holds more than the parameters and what is kept, and inference less."""
+    net = NETS["unet"]()
+    found = cassetta.summary(net, shape(net))
+    weights = 4 * found.parameters
+    assert found.optimizer_bytes == 2 * weights
+    assert found.peak_bytes > found.kept_bytes + weights
+    assert found.fused_peak_bytes > found.fused_bytes + weights
+    assert found.fused_peak_bytes < found.peak_bytes
+    assert weights < found.inference_peak_bytes < found.kept_bytes
+    assert weights < found.fused_inference_peak_bytes < found.fused_bytes

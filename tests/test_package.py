@@ -18,7 +18,9 @@ PYPROJECT = (ROOT / "pyproject.toml").read_text()
 FLOORS = [
     "cli",
     "measure",
+    "fitting",
     "costs",
+    "rehearsal",
     "explanation",
     "models",
     "backbones",

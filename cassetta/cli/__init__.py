@@ -11,11 +11,12 @@ from collections.abc import Sequence
 
 import torch
 
-from cassetta.cli import bench, check, compile_check, demo, doctor, predict
+from cassetta.cli import bench, check, compile_check, demo, doctor, predict, summary, tune
 from cassetta.cli.errors import CommandError
 
 COMMANDS = {
-    "demo": demo, "predict": predict, "doctor": doctor, "check": check, "bench": bench,
+    "demo": demo, "predict": predict, "summary": summary, "doctor": doctor, "check": check,
+    "tune": tune, "bench": bench,
     "compile-check": compile_check,
 }  # fmt: skip
 

@@ -8,10 +8,10 @@ import torch
 
 from cassetta.cli.errors import CommandError
 from cassetta.core import check
-from cassetta.costs import summary
 from cassetta.io import loadable
 from cassetta.kernels import dispatch
 from cassetta.models import SegNet
+from cassetta.rehearsal import Rehearsal
 
 _SURROUNDINGS = "cassetta.predict"
 
@@ -49,8 +49,8 @@ def device(name: str) -> torch.device:
     return chosen
 
 
-def options(words: list[str], backbone: str) -> dict[str, Any]:
-    """Options of a backbone from words such as "nb_features=16" and "norm=instance"."""
+def options(words: list[str], backbone: str = "") -> dict[str, Any]:
+    """Options from words such as "nb_features=16" and "norm=instance", over those in `SMALL`."""
     chosen = dict(SMALL.get(backbone.lower(), {}))
     for word in words:
         name, equals, value = word.partition("=")
@@ -70,7 +70,7 @@ def build(
     try:
         net = SegNet(ndim, 1, nb_classes, backbone=backbone, opt_backbone=opt_backbone)
         size = (patch,) * ndim
-        out = summary(net, (1, 1, *size))[-1].shape[2:]
+        out = Rehearsal(net)((1, 1, *size)).shape[2:]
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         if "memory" in str(error):
             raise
@@ -98,7 +98,7 @@ def load(path: Path) -> tuple[SegNet, Surroundings]:
         raise CommandError(f"{path} cannot be read: {error}") from error
     try:
         known = _surroundings(packed[_SURROUNDINGS], net)
-        summary(net.eval(), (1, 1, *[known.patch] * net.ndim))
+        Rehearsal(net.eval())((1, 1, *[known.patch] * net.ndim))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CommandError(f"{path} was not written by `cassetta demo`: {error}") from error
     return net, known

@@ -12,13 +12,14 @@ from cassetta.io.loadable import LoadableMixin
 from cassetta.layers import ConvBlock
 from cassetta.layers.simple import Chain
 
-_BACKBONES = {
+BACKBONES = {
     kind.__name__: kind
     for kind in (
         backbones.UNet, backbones.MeshNet, backbones.ATrousNet, backbones.ConvEncoder,
         backbones.ConvDecoder,
     )
 }  # fmt: skip
+"""Those that can be asked for by name."""
 
 
 class SegNet(LoadableMixin, Chain):
@@ -144,7 +145,7 @@ def _backbone(backbone: Any, ndim: int, options: dict[str, Any] | None) -> Any:
             raise ValueError(f"opt_backbone={options!r} comes too late: the backbone is built")
         net = backbone
     elif isinstance(backbone, str):
-        net = check.named("backbone", backbone, _BACKBONES)(ndim, **(options or {}))
+        net = check.named("backbone", backbone, BACKBONES)(ndim, **(options or {}))
     elif callable(backbone):
         net = backbone(ndim, **(options or {}))
     else:
