@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from cassetta.kernels import dispatch
 from cassetta.kernels.types import Activation, Fold, Prologue
@@ -89,7 +90,8 @@ def disagreement(
     deep : bool
         Whether it is a deep network, and not a block.
     """
-    dtype = higher(image)
+    # float64 draws other channels to drop than the other types do, on a GPU
+    dtype = torch.float32 if training and _drops(net) else higher(image)
     devices = [image.device] if image.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         try:
@@ -101,6 +103,10 @@ def disagreement(
             precise = copy.deepcopy(net).to(dtype)
             truth = step(precise, image.to(dtype), training, "reference")
     return judge(ours, same, truth, deep)
+
+
+def _drops(net: nn.Module) -> bool:
+    return any(isinstance(module, _DropoutNd) and module.training for module in net.modules())
 
 
 def higher(image: Tensor) -> torch.dtype:
@@ -178,13 +184,11 @@ def _each(ours: Step, same: Step, truth: Step) -> dict[str, tuple[float, float]]
         max((x for x, many in zip(values, shared, strict=True) if many), default=0.0)
         for values in (sizes, usual)
     )
-    rows = zip(truth.names, shared, sizes, offs, usual, strict=True)
-    return {
-        name: (off / (size or 1.0), error / (size or 1.0))
-        if many
-        else (off / (s or 1.0), u / (s or 1.0))
-        for name, many, s, off, u in rows
-    }
+    found = {}
+    for name, many, *own, off in zip(truth.names, shared, sizes, usual, offs, strict=True):
+        scale, known = (size, error) if many else own
+        found[name] = off / (scale or 1.0), known / (scale or 1.0)
+    return found
 
 
 def _summed(ours: Step, same: Step, truth: Step) -> dict[str, tuple[float, float]]:

@@ -97,7 +97,7 @@ def _networks() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
         "U-Net, group norm, summed": (
             UNet(1, 8, nb_levels=2, norm=2, skip="+", residual=True, **strided), (2, 8, 50),
         ),
-        "U-Net, no norm": (UNet(2, 8, nb_levels=2, pool_mode="conv", activation="GELU"), (2, 8, 13, 18)),
+        "U-Net, no norm": (UNet(2, 8, nb_levels=2, **strided), (2, 8, 13, 18)),
         "ATrousNet": (ATrousNet(3, 4, nb_levels=3, **smooth), (1, 4, 8, 9, 10)),
         "norm first": (
             ConvGroup(3, 6, nb_conv=3, norm="layer", residual=True, **smooth), (2, 6, 7, 8, 9),

@@ -1,8 +1,7 @@
 """Whether a rival of ours computes the right thing, on the very input it is timed on.
 
-The rule: err(ours) <= 2 err(plain PyTorch in the same dtype) + slack, in norm, both against plain
-PyTorch in float32; for the output, and for the gradients of the image and of every parameter. A
-gradient that is zero by theory (a bias before a norm) is compared on the scale of the largest.
+By the rule of `agreement`, for the output and for the gradients of the image and all parameters,
+against plain PyTorch in float32.
 """
 
 import contextlib
@@ -13,10 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-# in units of the dtype's rounding; the truth, in float32, has roundings of its own
-SLACK = {torch.float32: 256, torch.bfloat16: 8, torch.float16: 8}
-SMALLEST = 1e-2
-"""Gradients smaller than this part of the largest one are compared on the scale of this part."""
+from cassetta.measure import agreement
+from cassetta.measure.agreement import Step
 
 
 class Expected(NamedTuple):
@@ -66,7 +63,7 @@ def truth(
         torch.backends.cudnn.allow_tf32 = allowed
 
 
-def agrees(ours: Sequence[Tensor], known: Expected, dtype: torch.dtype) -> str | None:
+def agrees(ours: Sequence[Tensor], known: Expected) -> str | None:
     """Why these results are not as good as those of plain PyTorch, as a sentence; None if they are.
 
     Parameters
@@ -75,21 +72,10 @@ def agrees(ours: Sequence[Tensor], known: Expected, dtype: torch.dtype) -> str |
         Output and gradients, in the order of `results`.
     known : Expected
         What plain PyTorch computes.
-    dtype : torch.dtype
-        The dtype of both.
     """
-    gradients = [t.norm().item() for t in known.truth[1:]]
-    largest = max(gradients, default=0.0)
-    for n, (one, other, truth) in enumerate(zip(ours, known.same, known.truth, strict=True)):
-        what = f"gradient {n}" if n else "the output"
-        if one.shape != truth.shape:
-            return f"{what} has shape {tuple(one.shape)}, not {tuple(truth.shape)}"
-        scale = max(truth.norm().item(), SMALLEST * largest if n else 0.0, 1e-30)
-        off, allowed = ((t.float() - truth).norm().item() / scale for t in (one, other))
-        limit = 2 * allowed + SLACK[dtype] * torch.finfo(dtype).eps
-        if not off <= limit:  # and NaN is not
-            return f"{what} is off by {off:.2g} of its norm, more than {limit:.2g}"
-    return None
+    names = ("output", *(f"gradient {n}" for n in range(1, len(ours))))
+    steps = (Step(names, tuple(one)) for one in (ours, known.same, known.truth))
+    return agreement.judge(*steps, deep=True)
 
 
 @contextlib.contextmanager

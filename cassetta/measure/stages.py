@@ -90,7 +90,7 @@ class NetworkStage:
         with dispatch.use_backend(rival.backend):
             if ours:
                 found = correct.results(module, parameters, images[0], self.seed, self.task.dtype)
-                if why := correct.agrees(found, self.known[rival.layout], self.task.dtype):
+                if why := correct.agrees(found, self.known[rival.layout]):
                     raise Wrong(why)
             run = self._runner(rival, module, parameters)
             run(0)
@@ -195,7 +195,7 @@ class PassStage:
         with dispatch.use_backend(rival.backend):  # which says so where it cannot run
             found = run(0)
         if rival.role == "ours":
-            why = correct.agrees(tensors(found), work.expected(what), self.task.dtype)
+            why = correct.agrees(tensors(found), work.expected(what))
             if why:
                 raise Wrong(why)
         peak = peak_bytes(run, self.task.device)

@@ -70,12 +70,14 @@ class Tuning(Sequence[Found]):
             table.add_column(name, overflow="fold")
         for row in self.rows:
             table.add_row(row.key, row.choice or "-", row.evidence)
+        if not self.rows and self.reason:
+            return self.reason
         text = io.StringIO()
         Console(file=text, width=160).print(table)
         lines = [line.rstrip() for line in text.getvalue().splitlines()]
         if self.left:
             lines.append(f"the budget is spent, {self.left} blocks are left: tune again, to go on")
-        return "\n".join([*lines, self.reason] if self.reason else lines)
+        return "\n".join(lines)
 
 
 def tune(
