@@ -92,38 +92,31 @@ def conv_deferred(
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         if prologue.is_identity:  # else z is rounded when it is built
             raw = raw.to(dtype)
-    act = Activation() if activation is None else activation
-    y = _Convolution.apply(raw, weight, bias, *flat(prologue), *geometry, dtype, *act)
+    y = _Convolution.apply(raw, weight, bias, *flat(prologue), *geometry, dtype)
+    if activation is not None:
+        y = _Activate.apply(y, *activation)
     return Deferred(y)  # type: ignore[arg-type]
 
 
 class _Convolution(Function):
-    """y = act(z * w + b), z being built of x when it is needed, forward and backward."""
+    """y = z * w + b, z being built of x when it is needed, forward and backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, *rest: Any) -> Tensor:
-        s1, t1, name, p, q, slope, s2, t2, stride, padding, dilation, groups, dtype, *act = rest
+        s1, t1, name, p, q, slope, s2, t2, stride, padding, dilation, groups, dtype = rest
         ctx.nb_others = len(rest)
         ctx.geometry = stride, padding, dilation, groups
-        ctx.inner, ctx.outer, ctx.dtype = (name, p, q), tuple(act), dtype
+        ctx.inner, ctx.dtype = (name, p, q), dtype
+        ctx.save_for_backward(x, w, b, s1, t1, slope, s2, t2)
         z = _operand(x, unflat((s1, t1, name, p, q, slope, s2, t2)), dtype)
         with torch.autocast(x.device.type, enabled=False):
-            y = reference.conv_fprop(z, w, b, Geometry(*ctx.geometry))
-        outer = Prologue(activation=Activation(*act))
-        if not outer.is_identity:
-            y = ops.materialize(y, outer, None, y.dtype)
-        kept = None if outer.is_identity else y  # whose sign tells the slope of the activation
-        ctx.save_for_backward(x, w, b, s1, t1, slope, s2, t2, kept)
-        return y
+            return reference.conv_fprop(z, w, b, Geometry(*ctx.geometry))
 
     @staticmethod
     @first_order
     def backward(ctx: Any, g: Tensor) -> tuple:
-        x, w, b, s1, t1, slope, s2, t2, kept = ctx.saved_tensors
+        x, w, b, s1, t1, slope, s2, t2 = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        if kept is not None:
-            outer = Prologue(activation=Activation(*ctx.outer))
-            g = ops.prologue_dgrad(g, kept, outer, None, False)
         z = x
         if needs[1]:
             z = _operand(x, unflat((s1, t1, *ctx.inner, slope, s2, t2)), ctx.dtype)
@@ -132,6 +125,25 @@ class _Convolution(Function):
         to = (needs[0], needs[1], needs[2])
         dx, dw, db = reference.conv_backward(g, z, w, b, Geometry(*ctx.geometry), to)
         return dx, dw, db, *[None] * ctx.nb_others
+
+
+class _Activate(Function):
+    """An activation whose result is kept, because its sign tells its slope; a node of its own, so
+    that the gradient of the result is gone when that of the convolution is computed."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *activation: Any) -> Tensor:
+        ctx.activation = Activation(*activation)
+        out = ops.materialize(y, Prologue(activation=ctx.activation), None, y.dtype)
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, g: Tensor) -> tuple:
+        (out,) = ctx.saved_tensors
+        prologue = Prologue(activation=ctx.activation)
+        return ops.prologue_dgrad(g, out, prologue, None, False), None, None, None
 
 
 def _operand(x: Tensor, prologue: Prologue, dtype: torch.dtype) -> Tensor:
