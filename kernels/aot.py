@@ -21,8 +21,27 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cassetta.kernels import activations, configs, finalize, pointwise, reductions, tile
-from cassetta.kernels.types import Activation, Fold, Moments, Pooling, Prologue
+from cassetta.kernels import (
+    activations,
+    configs,
+    conv_dgrad,
+    conv_fprop,
+    conv_wgrad,
+    finalize,
+    layout,
+    pointwise,
+    reductions,
+    tile,
+)
+from cassetta.kernels.types import (
+    NOTHING,
+    Activation,
+    Fold,
+    Geometry,
+    Moments,
+    Pooling,
+    Prologue,
+)
 
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
 """Bytes of shared memory that one program may use, by compute capability."""
@@ -78,6 +97,37 @@ def check(arch: int) -> Iterator[Report]:
             if activation == "identity":
                 _run_norms(dtype)
         yield from reports
+    for n, (dtype, channels) in enumerate(itertools.product(configs.dtypes(), _CHANNELS)):
+        pairs = itertools.zip_longest(
+            *(configs.Product(name, (1, 1), 1, (1,), (1,), (1,), dtype).plans
+              for name in ("conv_fprop", "conv_wgrad"))
+        )  # fmt: skip
+        for m, plans in enumerate(pairs):
+            used = [plan for plan in plans if plan is not None]
+            reports = []
+            case = f"{str(dtype).removeprefix('torch.')} {channels} channels"
+            with (
+                recorded(arch, f"{case}, {' and '.join(map(str, used))}", reports),
+                configs.use_plan(*used),
+                _precision(("tf32", "ieee")[m % 2]),
+            ):
+                name = activations.NAMES[(n * 5 + m) % len(activations.NAMES)]
+                _run_convolutions(dtype, channels, name, full=(n + m) % 2 == 0)
+            yield from reports
+
+
+_CHANNELS = (5, 21, 32, 64, 128)
+
+
+@contextmanager
+def _precision(name: str) -> Iterator[None]:
+    """How float32 is multiplied."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = name == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _pairs() -> list[tuple[torch.dtype, str, str]]:
@@ -118,6 +168,36 @@ def _run_passes(x: Tensor, name: str, full: bool, after: bool) -> None:
     reductions.materialize_moments(x, p, x if full else None, x.dtype)
     reductions.prologue_sums(x, x, p, one, fold, after)
     pointwise.prologue_dgrad(x, x, p, fold, after)
+
+
+def _run_convolutions(dtype: torch.dtype, c: int, name: str, full: bool) -> None:
+    """Of one tap and of 27, halving and doubling; with all that may be fused, and without."""
+
+    def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    one = empty(1, c, kind=torch.float32)
+    slope = one if name == "prelu" else None
+    p = Prologue(one, one, Activation(name, 1.0, 20.0), slope, one, one)
+    of = None if slope is not None else p.activation
+    x = layout.empty((1, c, 32, 32, 32), dtype, "meta")
+    half = layout.empty((1, c, 16, 16, 16), dtype, "meta")
+    epilogue, residual, bias = (p, x, empty(c)) if full else (NOTHING, None, None)
+    for taps in ((1, 1, 1), (3, 3, 3)):
+        same = Geometry((1, 1, 1), tuple((t // 2, t // 2) for t in taps), (1, 1, 1))
+        pending = p if taps == (1, 1, 1) else NOTHING
+        both = (empty(c, 2 * c, *taps), x) if full else (empty(c, c, *taps), None)
+        conv_fprop.conv_fprop(x, pending, both[0], bias, same, both[1], epilogue, residual, None)
+        conv_fprop.conv_fprop(x, pending, empty(c, c, *taps), bias, same, moments_of=of)
+        asked = (x, p, one, full) if full else ()
+        conv_dgrad.conv_dgrad(x, empty(c, c, *taps), same, (32, 32, 32), *asked)
+        conv_wgrad.conv_wgrad(x, x, pending, taps, same)
+    two = Geometry((2, 2, 2), ((0, 0),) * 3, (1, 1, 1))
+    w = empty(c, c, 2, 2, 2)
+    conv_fprop.conv_fprop(x, p if full else NOTHING, w, bias, two)
+    conv_dgrad.conv_dgrad(half, w, two, (32, 32, 32), *asked)
+    conv_wgrad.conv_wgrad(half, x, p if full else NOTHING, (2, 2, 2), two)
+    conv_dgrad.conv_transposed(half, p if full else NOTHING, w, bias, two, epilogue, residual)
 
 
 def _run_norms(dtype: torch.dtype) -> None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,8 +40,51 @@ class PoolConfig(NamedTuple):
         return {"BLOCK_P": self.block_p, "BLOCK_M": self.block_m}
 
 
+class GemmConfig(NamedTuple):
+    """The launch of a convolution: a product of (voxels, depth) and (depth, channels)."""
+
+    block_m: int  # voxels of a tile
+    block_n: int  # channels of a tile
+    block_k: int  # channels that are multiplied in a step
+    tiles: int  # programs along the voxels
+    k_blocks: int  # programs along the channels
+    programs: int
+    warps: int
+    stages: int  # steps whose operands are under way
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        return {
+            "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k,
+            "STAGES": self.stages,
+        }  # fmt: skip
+
+
+class WgradConfig(NamedTuple):
+    """The launch of the gradient of weights: rows of taps x channels, summed over voxels."""
+
+    block_t: int  # taps of a tile
+    block_c: int  # their channels
+    block_n: int  # channels of a tile
+    block_v: int  # voxels that are multiplied in a step
+    part: int  # voxels that a program visits
+    splits: int  # programs along the voxels of a sample
+    c_blocks: int
+    k_blocks: int
+    programs: int
+    warps: int
+    stages: int
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        return {
+            "BLOCK_T": self.block_t, "BLOCK_C": self.block_c, "BLOCK_N": self.block_n,
+            "BLOCK_V": self.block_v, "STAGES": self.stages,
+        }  # fmt: skip
+
+
 class Plan(NamedTuple):
-    """What may be tuned of a launch."""
+    """What may be tuned of the launch of a pass over an image."""
 
     tile: int = 2048  # elements
     warps: int = 8
@@ -50,51 +93,174 @@ class Plan(NamedTuple):
         return f"{self.tile} elements, {self.warps} warps"
 
 
+class GemmPlan(NamedTuple):
+    """What may be tuned of the launch of a convolution, or of the gradient of its image."""
+
+    block_m: int = 128  # voxels of a tile
+    block_n: int = 128  # channels of a tile, at most
+    block_k: int = 64  # channels that are multiplied in a step, at most
+    warps: int = 8
+    stages: int = 3
+
+    def __str__(self) -> str:
+        sizes = f"{self.block_m} x {self.block_n} x {self.block_k}"
+        return f"{sizes}, {self.warps} warps, {self.stages} stages"
+
+
+class WgradPlan(NamedTuple):
+    """What may be tuned of the launch of the gradient of weights."""
+
+    rows: int = 64  # taps x channels of a tile
+    block_n: int = 64  # channels of a tile, at most
+    block_v: int = 32  # voxels that are multiplied in a step
+    warps: int = 4
+    stages: int = 3
+
+    def __str__(self) -> str:
+        sizes = f"{self.rows} x {self.block_n} x {self.block_v}"
+        return f"{sizes}, {self.warps} warps, {self.stages} stages"
+
+
 PLANS = (Plan(), Plan(1024, 4), Plan(1024, 8), Plan(4096, 16))
 """The first by rule, all to be tried by the tuner. 8 elements for a thread, a 16-byte access in 16
 bits, or 4; 16 made the compiler for sm_100 spill."""
+
+GEMM_PLANS = (
+    GemmPlan(), GemmPlan(128, 64, 64, 4), GemmPlan(256, 64, 32, 8), GemmPlan(128, 128, 32, 8, 4),
+    GemmPlan(64, 64, 64, 4, 4), GemmPlan(128, 256, 64, 8),
+)  # fmt: skip
+WGRAD_PLANS = (
+    WgradPlan(), WgradPlan(128, 64, 32, 4), WgradPlan(64, 128, 32, 4), WgradPlan(128, 128, 32, 8),
+    WgradPlan(64, 64, 64, 4),
+)  # fmt: skip
+_GEMM_PLANS_32 = (GemmPlan(64, 64, 32, 4), GemmPlan(128, 64, 32, 8), GemmPlan(64, 64, 16, 4))
+_WGRAD_PLANS_32 = (WgradPlan(64, 64, 32, 4), WgradPlan(64, 32, 32, 4))
+"""Of float32, whose operands are twice as large."""
 
 REDUCED = 64
 """Tiles that a program of a reduction visits at most. The partial results that it leaves are then
 at most 1/2^16 of the image, and the second stage reads them in no time."""
 
 
-_forced: Plan | None = None
-_asked: dict[str, tuple[str, Tensor]] | None = None
+class Pass(NamedTuple):
+    """A pass over an image, as it is named in the table of what was measured."""
+
+    name: str
+    image: Tensor
+    last: bool  # whether channels come last
+
+    @property
+    def key(self) -> str:
+        """In words."""
+        shape, dtype = "x".join(map(str, self.image.shape)), str(self.image.dtype)[6:]
+        return f"{self.name} {shape} {'last' if self.last else 'first'} {dtype}"
+
+    def without_data(self) -> "Pass":
+        """The same, of an image that holds no memory."""
+        x = self.image
+        return self._replace(
+            image=torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        )
+
+
+class Product(NamedTuple):
+    """A pass of a convolution, as it is named in the table of what was measured."""
+
+    name: str  # "conv_fprop", "conv_dgrad" or "conv_wgrad"
+    shape: tuple[int, ...]  # of the image that the convolution reads
+    channels: int  # of what it returns
+    taps: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def key(self) -> str:
+        """In words."""
+        shape, dtype = "x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch.")
+        to = f"{shape} to {self.channels}"
+        return f"{self.name} {to}, k{self.taps} s{self.stride} d{self.dilation}, {dtype}"
+
+    @property
+    def plans(self) -> tuple[Any, ...]:
+        """The plans that may run it, the first by rule."""
+        if self.dtype.itemsize == 2:
+            return WGRAD_PLANS if self.name == "conv_wgrad" else GEMM_PLANS
+        return _WGRAD_PLANS_32 if self.name == "conv_wgrad" else _GEMM_PLANS_32
+
+    def without_data(self) -> "Product":
+        """Itself."""
+        return self
+
+
+_forced: dict[type, Any] = {}
+_asked: dict[str, Pass | Product] | None = None
 
 
 def of(name: str, x: Tensor, strides: tuple[int, int, int], reduce: bool) -> Config:
     """The launch of a pass over an image of these strides (of samples, channels, voxels)."""
     n, c, *size = x.shape
     last = strides[1] == 1 and c > 1
-    plan = _forced or (PLANS[0] if x.device.type == "meta" else _measured(name, x, last))
+    plan = _plan(Pass(name, x, last), PLANS, x.device)
     return over_voxels(n, c, math.prod(size), last, reduce, plan)
 
 
-def key(name: str, x: Tensor, last: bool) -> str:
-    """The name of a pass over an image, in the table of what was measured."""
-    shape, dtype = "x".join(map(str, x.shape)), str(x.dtype).removeprefix("torch.")
-    return f"{name} {shape} {'last' if last else 'first'} {dtype}"
+def gemm(product: Product, samples: int, voxels: int, device: torch.device) -> GemmConfig:
+    """The launch of a product of `voxels` rows per sample."""
+    k, c = product.channels, product.shape[1]
+    if product.name == "conv_dgrad":
+        k, c = c, k
+    plan = _plan(product, product.plans, device)
+    block_n = max(16, min(_power(k), plan.block_n))
+    block_k = max(16, min(_power(c), plan.block_k))
+    warps = max(4, plan.warps * block_n // plan.block_n)
+    tiles, k_blocks = -(-voxels // plan.block_m), -(-k // block_n)
+    programs = samples * tiles * k_blocks
+    return GemmConfig(plan.block_m, block_n, block_k, tiles, k_blocks, programs, warps, plan.stages)
 
 
-def _measured(name: str, x: Tensor, last: bool) -> Plan:
-    """The plan that was the fastest for this pass and image; the first where none was measured."""
+def wgrad(product: Product, voxels: int, device: torch.device) -> WgradConfig:
+    """The launch of a product over `voxels` of each sample.
+
+    As many splits as fill a large GPU, of 512 voxels at least, so that adding their shares is
+    nothing beside computing them.
+    """
+    samples, c = product.shape[:2]
+    taps = math.prod(product.taps)
+    plan = _plan(product, product.plans, device)
+    block_n = max(16, min(_power(product.channels), plan.block_n))
+    block_c = max(16, min(_power(c), plan.rows))
+    block_t = min(_power(taps), max(1, plan.rows // block_c))
+    t_blocks, c_blocks = -(-taps // block_t), -(-c // block_c)
+    k_blocks = -(-product.channels // block_n)
+    others = samples * t_blocks * c_blocks * k_blocks
+    splits = max(1, min(2048 // max(others, 1), voxels // 512))
+    part = -(-voxels // (splits * plan.block_v)) * plan.block_v
+    splits = max(1, -(-voxels // part))
+    return WgradConfig(
+        block_t, block_c, block_n, plan.block_v, part, splits, c_blocks, k_blocks,
+        others * splits, plan.warps, plan.stages,
+    )  # fmt: skip
+
+
+def _plan(what: Pass | Product, plans: tuple[Any, ...], device: torch.device) -> Any:
+    """The plan that was the fastest by measurement; the first where none was measured."""
+    forced = _forced.get(type(plans[0]))
+    if forced is not None or device.type == "meta":
+        return forced or plans[0]
     if _asked is not None:
-        image = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-        _asked[key(name, x, last)] = name, image
-    table = evidence.table(x.device)
-    if not table.records:
-        return PLANS[0]
-    record = table.find(key(name, x, last))
-    by_name = {str(plan): plan for plan in PLANS}
-    return PLANS[0] if record is None else by_name.get(record.choice, PLANS[0])
+        _asked[what.key] = what.without_data()
+    table = evidence.table(device)
+    record = table.find(what.key) if table.records else None
+    by_name = {str(plan): plan for plan in plans} if record else {}
+    return by_name.get(record.choice, plans[0]) if record else plans[0]
 
 
 @contextmanager
-def use_plan(plan: Plan) -> Iterator[None]:
-    """Every pass by this plan."""
+def use_plan(*plans: Any) -> Iterator[None]:
+    """Every launch by these plans, each for those of its kind."""
     global _forced
-    before, _forced = _forced, plan
+    before, _forced = _forced, {**_forced, **{type(plan): plan for plan in plans}}
     try:
         yield
     finally:
@@ -102,8 +268,8 @@ def use_plan(plan: Plan) -> Iterator[None]:
 
 
 @contextmanager
-def listening() -> Iterator[dict[str, tuple[str, Tensor]]]:
-    """Which passes are planned in this block of code: name and image (without data) by key."""
+def listening() -> Iterator[dict[str, Pass | Product]]:
+    """What is planned in this block of code, by key."""
     global _asked
     before, _asked = _asked, {}
     try:
@@ -128,11 +294,19 @@ def over_voxels(n: int, c: int, v: int, last: bool, reduce: bool, plan: Plan) ->
     return Config(block_v, block_c, loops, chunks, c_blocks, programs, plan.warps)
 
 
-def over_chunks(n: int, c: int) -> Config:
-    """The launch of the second stage of a reduction: a program per sample and block of channels."""
-    block_c = min(_power(c), 16)
+def over_chunks(n: int, chunks: int, c: int) -> Config:
+    """The launch of the second stage of a reduction, and, of many chunks, of stages between."""
+    block_v, block_c = 64, min(_power(c), 16)
     c_blocks = -(-c // block_c)
-    return Config(64, block_c, 1, 1, c_blocks, n * c_blocks, 4)
+    loops = max(1, min(-(-chunks // block_v), REDUCED // 2))
+    outs = -(-chunks // (loops * block_v))
+    return Config(block_v, block_c, loops, outs, c_blocks, n * c_blocks * outs, 4)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of this dtype are rounded: as torch lets cuDNN do it."""
+    short = dtype is torch.float32 and torch.backends.cudnn.allow_tf32
+    return "tf32" if short else "ieee"
 
 
 def over_pools(pools: int, members: int) -> PoolConfig:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cassetta.kernels import configs, evidence, reference
+from cassetta.kernels import configs, evidence, library, reference
 
 BACKENDS = ("auto", "triton", "reference")
 ENVIRONMENT = "CASSETTA_BACKEND"
@@ -40,7 +40,7 @@ class BackendError(RuntimeError):
 class Choice(NamedTuple):
     """Who runs a block."""
 
-    engine: str  # "library": torch's convolution and the passes; "reference": plain PyTorch
+    engine: str  # "library": torch's convolution and the passes; "gemm": ours; or "reference"
     reason: str  # why nothing but plain PyTorch; "" for any other engine
     evidence: str  # by what it was chosen
     is_open: bool = False  # whether a measurement may change it
@@ -128,6 +128,8 @@ def choose(x: Tensor, why: str | None, key: Callable[[], str], engines: Containe
         Those that there are.
     """
     found = _without_measurement(x, why)
+    if found is not None and found.engine not in engines:
+        found = Choice("library", "", f"{found.engine!r} was asked for, and cannot run this block")
     if found is None and not torch.compiler.is_compiling():
         record = evidence.table(x.device).find(key())
         if record is not None and record.choice in engines:
@@ -252,7 +254,7 @@ def implementation() -> ModuleType:
         If the backend "triton" was asked for and cannot run here.
     """
     _feasible(backend())
-    return reference
+    return library
 
 
 def passes(x: Tensor) -> Any:
@@ -266,12 +268,16 @@ def passes(x: Tensor) -> Any:
 @functools.cache
 def _triton_passes() -> Any:
     """Which import triton, and so are not imported before they are needed."""
-    finalize, flops, pointwise, reductions = (
-        importlib.import_module(f"cassetta.kernels.{name}")
-        for name in ("finalize", "flops", "pointwise", "reductions")
+    names = "conv_dgrad", "conv_fprop", "conv_wgrad", "finalize", "flops", "pointwise", "reductions"
+    dgrad, fprop, wgrad, finalize, flops, pointwise, reductions = (
+        importlib.import_module(f"cassetta.kernels.{name}") for name in names
     )
     flops.register()
     return SimpleNamespace(
+        conv_fprop=fprop.conv_fprop,
+        conv_dgrad=dgrad.conv_dgrad,
+        conv_wgrad=wgrad.conv_wgrad,
+        conv_transposed=dgrad.conv_transposed,
         moments=reductions.moments,
         materialize=pointwise.materialize,
         materialize_moments=reductions.materialize_moments,

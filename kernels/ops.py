@@ -11,15 +11,35 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
-from cassetta.kernels import dispatch
-from cassetta.kernels.types import Fold, Moments, Pooling, Prologue, flat, unflat
+from cassetta.kernels import dispatch, layout
+from cassetta.kernels.types import (
+    NOTHING,
+    Activation,
+    Fold,
+    Geometry,
+    Moments,
+    Pooling,
+    Prologue,
+    flat,
+    unflat,
+)
 
 _PROLOGUE = (
     "Tensor? s1, Tensor? t1, str act, float p, float q, Tensor? slope, Tensor? s2, Tensor? t2"
 )
+_EPILOGUE = _PROLOGUE.replace("? ", "? e_").replace("str ", "str e_").replace("float ", "float e_")
+_WALK = "int[] stride, int[] padding, int[] dilation"
 _SCHEMAS = {
+    "conv_fprop": f"(Tensor x, {_PROLOGUE}, Tensor w, Tensor? b, {_WALK}, Tensor? x2, {_EPILOGUE},"
+    " Tensor? residual, str? moments_of, float m_p, float m_q) -> (Tensor, Tensor, Tensor)",
+    "conv_dgrad": f"(Tensor g, Tensor w, {_WALK}, SymInt[] size, Tensor? x, {_PROLOGUE},"
+    " Tensor? around, bool after) -> (Tensor, Tensor)",
+    "conv_wgrad": f"(Tensor g, Tensor x, {_PROLOGUE}, int[] taps, {_WALK}) -> (Tensor, Tensor)",
+    "conv_transposed": f"(Tensor x, {_PROLOGUE}, Tensor w, Tensor? b, {_WALK}, {_EPILOGUE},"
+    " Tensor? residual) -> Tensor",
     "moments": f"(Tensor x, {_PROLOGUE}) -> (Tensor, Tensor)",
-    "materialize": f"(Tensor x, {_PROLOGUE}, Tensor? residual, ScalarType dtype) -> Tensor",
+    "materialize": f"(Tensor x, {_PROLOGUE}, Tensor? residual, ScalarType dtype, bool words)"
+    " -> Tensor",
     "materialize_moments": f"(Tensor x, {_PROLOGUE}, Tensor? residual, ScalarType dtype)"
     " -> (Tensor, Tensor, Tensor)",
     "prologue_sums": f"(Tensor g, Tensor x, {_PROLOGUE}, Tensor around, Tensor? a, Tensor? k,"
@@ -35,14 +55,55 @@ _SCHEMAS = {
 NAMES = tuple(_SCHEMAS)
 
 
+def conv_fprop(
+    x: Tensor, p: Prologue, w: Tensor, b: Tensor | None, geometry: Geometry,
+    x2: Tensor | None = None, epilogue: Prologue = NOTHING, residual: Tensor | None = None,
+    moments_of: Activation | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`reference.conv_fprop`, by whoever runs it."""
+    of = (None, 0.0, 0.0) if moments_of is None else moments_of
+    return torch.ops.cassetta.conv_fprop(
+        x, *flat(p), w, b, *_numbers(geometry), x2, *flat(epilogue), residual, *of
+    )
+
+
+def conv_dgrad(
+    g: Tensor, w: Tensor, geometry: Geometry, size: tuple[int, ...], x: Tensor | None = None,
+    p: Prologue = NOTHING, centre: Tensor | None = None, after: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`reference.conv_dgrad`, by whoever runs it."""
+    return torch.ops.cassetta.conv_dgrad(
+        g, w, *_numbers(geometry), size, x, *flat(p), centre, after
+    )
+
+
+def conv_wgrad(
+    g: Tensor, x: Tensor, p: Prologue, taps: tuple[int, ...], geometry: Geometry
+) -> tuple[Tensor, Tensor]:
+    """`reference.conv_wgrad`, by whoever runs it."""
+    return torch.ops.cassetta.conv_wgrad(g, x, *flat(p), taps, *_numbers(geometry))
+
+
+def conv_transposed(
+    x: Tensor, p: Prologue, w: Tensor, b: Tensor | None, geometry: Geometry,
+    epilogue: Prologue = NOTHING, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`reference.conv_transposed`, by whoever runs it."""
+    return torch.ops.cassetta.conv_transposed(
+        x, *flat(p), w, b, *_numbers(geometry), *flat(epilogue), residual
+    )
+
+
 def moments(x: Tensor, p: Prologue) -> Moments:
     """`reference.moments`, by whoever runs it."""
     return Moments(*torch.ops.cassetta.moments(x, *flat(p)))
 
 
-def materialize(x: Tensor, p: Prologue, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+def materialize(
+    x: Tensor, p: Prologue, residual: Tensor | None, dtype: torch.dtype, words: bool = False
+) -> Tensor:
     """`reference.materialize`, by whoever runs it."""
-    return torch.ops.cassetta.materialize(x, *flat(p), residual, dtype)
+    return torch.ops.cassetta.materialize(x, *flat(p), residual, dtype, words)
 
 
 def materialize_moments(
@@ -85,14 +146,51 @@ def norm_finalize_backward(
     )
 
 
+def _numbers(geometry: Geometry) -> tuple[list[int], list[int], list[int]]:
+    """A geometry without groups, as the arguments of an operator."""
+    stride, padding, dilation, _ = geometry
+    return list(stride), [side for pair in padding for side in pair], list(dilation)
+
+
+def _geometry(stride: list[int], padding: list[int], dilation: list[int]) -> Geometry:
+    """What `_numbers` took apart."""
+    pairs = tuple(zip(padding[::2], padding[1::2], strict=True))
+    return Geometry(tuple(stride), pairs, tuple(dilation))
+
+
+def _conv_fprop(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    p, (w, b), walk, x2, e = rest[:8], rest[8:10], rest[10:13], rest[13], rest[14:22]
+    residual, name, *numbers = rest[22:]
+    of = None if name is None else Activation(name, *numbers)
+    passes = dispatch.passes(w)
+    return passes.conv_fprop(x, unflat(p), w, b, _geometry(*walk), x2, unflat(e), residual, of)
+
+
+def _conv_dgrad(g: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    walk, size, x, p, (centre, after) = rest[:3], rest[3], rest[4], rest[5:13], rest[13:]
+    passes = dispatch.passes(g)
+    return passes.conv_dgrad(g, w, _geometry(*walk), tuple(size), x, unflat(p), centre, after)
+
+
+def _conv_wgrad(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    p, taps, walk = rest[:8], rest[8], rest[9:]
+    return dispatch.passes(g).conv_wgrad(g, x, unflat(p), tuple(taps), _geometry(*walk))
+
+
+def _conv_transposed(x: Tensor, *rest: Any) -> Tensor:
+    p, (w, b), walk, e, residual = rest[:8], rest[8:10], rest[10:13], rest[13:21], rest[21]
+    passes = dispatch.passes(w)
+    return passes.conv_transposed(x, unflat(p), w, b, _geometry(*walk), unflat(e), residual)
+
+
 def _moments(x: Tensor, *prologue: Any) -> tuple[Tensor, Tensor]:
     mean, var = dispatch.passes(x).moments(x, unflat(prologue))
     return mean, var
 
 
 def _materialize(x: Tensor, *rest: Any) -> Tensor:
-    *prologue, residual, dtype = rest
-    return dispatch.passes(x).materialize(x, unflat(prologue), residual, dtype)
+    *prologue, residual, dtype, words = rest
+    return dispatch.passes(x).materialize(x, unflat(prologue), residual, dtype, words)
 
 
 def _materialize_moments(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,12 +226,41 @@ def _tables(x: Tensor, *count: int) -> Tensor:
     return x.new_empty((*count, *x.shape[:2]), dtype=dtype)
 
 
+def _fake_conv_fprop(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    w, walk, name = rest[8], rest[10:13], rest[-3]
+    size = _geometry(*walk).size_of(x.shape[2:], w.shape[2:])
+    y = layout.empty((x.shape[0], w.shape[0], *size), w.dtype, x.device)
+    return y, *((_tables(y), _tables(y)) if name else (_no_table(y), _no_table(y)))
+
+
+def _fake_conv_dgrad(g: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    size, x = rest[3], rest[4]
+    dz = layout.empty((g.shape[0], w.shape[1], *size), g.dtype, g.device)
+    return dz, _no_table(g) if x is None else _tables(dz, 2)
+
+
+def _fake_conv_wgrad(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    dtype, k = torch.promote_types(g.dtype, torch.float32), g.shape[1]
+    return g.new_empty((k, x.shape[1], *rest[8]), dtype=dtype), g.new_empty(k, dtype=dtype)
+
+
+def _fake_conv_transposed(x: Tensor, *rest: Any) -> Tensor:
+    w, stride = rest[8], rest[10]
+    size = (n * s for n, s in zip(x.shape[2:], stride, strict=True))
+    return layout.empty((x.shape[0], w.shape[1], *size), w.dtype, x.device)
+
+
+def _no_table(x: Tensor) -> Tensor:
+    return x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
 def _fake_materialize(x: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(x, dtype=rest[-1])
+    dtype, words = rest[-2:]
+    return layout.empty(tuple(x.shape), dtype, x.device) if words else layout.like(x, dtype)
 
 
 def _fake_materialize_moments(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x, dtype=rest[-1]), _tables(x), _tables(x)
+    return layout.like(x, rest[-1]), _tables(x), _tables(x)
 
 
 def _refuse(ctx: Any, *grads: Any) -> Any:
@@ -144,11 +271,15 @@ def _refuse(ctx: Any, *grads: Any) -> Any:
 
 
 _IMPLEMENTATIONS = {
+    "conv_fprop": (_conv_fprop, _fake_conv_fprop),
+    "conv_dgrad": (_conv_dgrad, _fake_conv_dgrad),
+    "conv_wgrad": (_conv_wgrad, _fake_conv_wgrad),
+    "conv_transposed": (_conv_transposed, _fake_conv_transposed),
     "moments": (_moments, lambda x, *rest: (_tables(x), _tables(x))),
     "materialize": (_materialize, _fake_materialize),
     "materialize_moments": (_materialize_moments, _fake_materialize_moments),
     "prologue_sums": (_prologue_sums, lambda g, x, *rest: _tables(x, 3)),
-    "prologue_dgrad": (_prologue_dgrad, lambda g, x, *rest: torch.empty_like(x)),
+    "prologue_dgrad": (_prologue_dgrad, lambda g, x, *rest: layout.like(x, x.dtype)),
     "norm_finalize": (_norm_finalize, lambda mean, *rest: _tables(mean, 5)),
     "norm_finalize_backward": (
         _norm_finalize_backward, lambda sums, mean, *rest: _tables(mean, 4),

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cassetta.kernels import configs, tile
+from cassetta.kernels import configs, layout, tile
 from cassetta.kernels.types import Fold, Prologue
 
 
@@ -21,12 +21,12 @@ def _materialize_kernel(
     x_ptr, r_ptr, z_ptr, s1_ptr, t1_ptr, slope_ptr, s2_ptr, t2_ptr, p, q, C, V,
     x_n, x_c, x_v, r_n, r_c, r_v, z_n, z_c, z_v, chunks, c_blocks,
     ACT: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
+    WORDS: tl.constexpr,
 ):  # fmt: skip
     chunk, n, c = tile.place(chunks, c_blocks, BLOCK_C)
     v = chunk * BLOCK_V + tl.arange(0, BLOCK_V)
-    inside = (v < V)[:, None] & (c < C)[None, :]
-    base = n.to(tl.int64)
-    x = tl.load(x_ptr + base * x_n + tile.offsets(v, c, x_c, x_v, WIDE), mask=inside, other=0.0)
+    inside = (v < V)[:, None] & (c < tile.edge(C, WORDS))[None, :]
+    x = tl.load(tile.at(x_ptr, n, v, c, x_n, x_c, x_v, WIDE, WORDS), mask=inside, other=0.0)
     u = x.to(tl.float32)
     if s1_ptr is not None:
         u = tile.row(s1_ptr, n, c, C, 1.0) * u + tile.row(t1_ptr, n, c, C, 0.0)
@@ -34,25 +34,29 @@ def _materialize_kernel(
     if s2_ptr is not None:
         z = tile.row(s2_ptr, n, c, C, 1.0) * z + tile.row(t2_ptr, n, c, C, 0.0)
     if r_ptr is not None:
-        r = tl.load(r_ptr + base * r_n + tile.offsets(v, c, r_c, r_v, WIDE), mask=inside, other=0.0)
+        r = tl.load(tile.at(r_ptr, n, v, c, r_n, r_c, r_v, WIDE, WORDS), mask=inside, other=0.0)
         z += r.to(tl.float32)
-    z_at = z_ptr + base * z_n + tile.offsets(v, c, z_c, z_v, WIDE)
+    z_at = tile.at(z_ptr, n, v, c, z_n, z_c, z_v, WIDE, WORDS)
     tl.store(z_at, z.to(z_ptr.dtype.element_ty), mask=inside)
 
 
-def materialize(x: Tensor, p: Prologue, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+def materialize(
+    x: Tensor, p: Prologue, residual: Tensor | None, dtype: torch.dtype, words: bool = False
+) -> Tensor:
     x, x_strides = tile.strided(x)
-    z, z_strides = tile.strided(tile.like(x, dtype))
+    z = layout.empty(tuple(x.shape), dtype, x.device) if words else layout.like(x, dtype)
+    z, z_strides = tile.strided(z)
     r_strides = (0, 0, 0)
     if residual is not None:
         residual, r_strides = tile.strided(residual)
-    wide = tile.is_wide(x, z, *(() if residual is None else (residual,)))
+    images = [one for one in (x, residual, z) if one is not None]
     config = configs.of("materialize", x, x_strides, reduce=False)
     tile.launch(
         _materialize_kernel, x, config,
         x, residual, z, p.s1, p.t1, p.slope, p.s2, p.t2, p.activation.p, p.activation.q,
         x.shape[1], tile.voxels(x), *x_strides, *r_strides, *z_strides,
-        config.chunks, config.c_blocks, ACT=p.activation.name, WIDE=wide,
+        config.chunks, config.c_blocks, ACT=p.activation.name,
+        WIDE=tile.is_wide(*images), WORDS=tile.in_words(*images),
     )  # fmt: skip
     return z
 
@@ -62,15 +66,14 @@ def _prologue_dgrad_kernel(
     g_ptr, x_ptr, dx_ptr, s1_ptr, t1_ptr, slope_ptr, s2_ptr, a_ptr, k_ptr, centre_ptr, p, q, C, V,
     g_n, g_c, g_v, x_n, x_c, x_v, d_n, d_c, d_v, chunks, c_blocks,
     ACT: tl.constexpr, AFTER: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     chunk, n, c = tile.place(chunks, c_blocks, BLOCK_C)
     v = chunk * BLOCK_V + tl.arange(0, BLOCK_V)
-    inside = (v < V)[:, None] & (c < C)[None, :]
-    base = n.to(tl.int64)
-    x = tl.load(x_ptr + base * x_n + tile.offsets(v, c, x_c, x_v, WIDE), mask=inside, other=0.0)
+    inside = (v < V)[:, None] & (c < tile.edge(C, WORDS))[None, :]
+    x = tl.load(tile.at(x_ptr, n, v, c, x_n, x_c, x_v, WIDE, WORDS), mask=inside, other=0.0)
     x = x.to(tl.float32)
-    g = tl.load(g_ptr + base * g_n + tile.offsets(v, c, g_c, g_v, WIDE), mask=inside, other=0.0)
+    g = tl.load(tile.at(g_ptr, n, v, c, g_n, g_c, g_v, WIDE, WORDS), mask=inside, other=0.0)
     e = tile.row(s2_ptr, n, c, C, 1.0) * g.to(tl.float32)
     u = tile.row(s1_ptr, n, c, C, 1.0) * x + tile.row(t1_ptr, n, c, C, 0.0)
     slope = tile.row(slope_ptr, n, c, C, 0.0)
@@ -85,14 +88,14 @@ def _prologue_dgrad_kernel(
     dx = tile.row(s1_ptr, n, c, C, 1.0) * e * tile.derivative(u, p, q, slope, ACT)
     if a_ptr is not None and not AFTER:
         dx += fold
-    dx_at = dx_ptr + base * d_n + tile.offsets(v, c, d_c, d_v, WIDE)
+    dx_at = tile.at(dx_ptr, n, v, c, d_n, d_c, d_v, WIDE, WORDS)
     tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
 def prologue_dgrad(g: Tensor, x: Tensor, p: Prologue, fold: Fold | None, after: bool) -> Tensor:
     g, g_strides = tile.strided(g)
     x, x_strides = tile.strided(x)
-    dx, d_strides = tile.strided(tile.like(x, x.dtype))
+    dx, d_strides = tile.strided(layout.like(x, x.dtype))
     config = configs.of("prologue_dgrad", x, x_strides, reduce=False)
     tile.launch(
         _prologue_dgrad_kernel, x, config,
@@ -100,5 +103,6 @@ def prologue_dgrad(g: Tensor, x: Tensor, p: Prologue, fold: Fold | None, after: 
         p.activation.p, p.activation.q, x.shape[1], tile.voxels(x),
         *g_strides, *x_strides, *d_strides, config.chunks, config.c_blocks,
         ACT=p.activation.name, AFTER=after, WIDE=tile.is_wide(g, x, dx),
+        WORDS=tile.in_words(g, x, dx),
     )  # fmt: skip
     return dx

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cassetta.kernels import configs, tile
+from cassetta.kernels import configs, layout, tile
 from cassetta.kernels.types import Fold, Moments, Prologue
 
 
@@ -23,6 +23,7 @@ def _moments_kernel(
     x_ptr, mean_ptr, m2_ptr, s1_ptr, t1_ptr, slope_ptr, s2_ptr, t2_ptr, r_ptr, z_ptr, p, q, C, V,
     x_n, x_c, x_v, r_n, r_c, r_v, z_n, z_c, z_v, chunks, c_blocks, loops,
     ACT: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
+    WORDS: tl.constexpr,
 ):  # fmt: skip
     chunk, n, c = tile.place(chunks, c_blocks, BLOCK_C)
     s1, t1 = tile.row(s1_ptr, n, c, C, 1.0), tile.row(t1_ptr, n, c, C, 0.0)
@@ -34,17 +35,17 @@ def _moments_kernel(
     i = 0
     while i < loops:  # a lane that is outside stays outside: its count is i + 1 until then
         v = (chunk * loops + i) * BLOCK_V + tl.arange(0, BLOCK_V)
-        inside = (v < V)[:, None] & (c < C)[None, :]
-        at = x_ptr + n.to(tl.int64) * x_n + tile.offsets(v, c, x_c, x_v, WIDE)
+        inside = (v < V)[:, None] & (c < tile.edge(C, WORDS))[None, :]
+        at = tile.at(x_ptr, n, v, c, x_n, x_c, x_v, WIDE, WORDS)
         u = s1 * tl.load(at, mask=inside, other=0.0).to(tl.float32) + t1
         value = tile.activation(u, p, q, slope, ACT)
         if z_ptr is not None:  # the value is that of z, as it is stored
             value = s2 * value + t2
             if r_ptr is not None:
-                r_at = r_ptr + n.to(tl.int64) * r_n + tile.offsets(v, c, r_c, r_v, WIDE)
+                r_at = tile.at(r_ptr, n, v, c, r_n, r_c, r_v, WIDE, WORDS)
                 value += tl.load(r_at, mask=inside, other=0.0).to(tl.float32)
             z = value.to(z_ptr.dtype.element_ty)
-            z_at = z_ptr + n.to(tl.int64) * z_n + tile.offsets(v, c, z_c, z_v, WIDE)
+            z_at = tile.at(z_ptr, n, v, c, z_n, z_c, z_v, WIDE, WORDS)
             tl.store(z_at, z, mask=inside)
             value = z.to(tl.float32)
         delta = tl.where(inside, value - mean, 0.0)
@@ -63,22 +64,24 @@ def _moments_kernel(
 
 @triton.jit
 def _combine_kernel(
-    mean_ptr, m2_ptr, out_mean_ptr, out_var_ptr, C, V, per_chunk, chunks, c_blocks,
-    BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+    mean_ptr, m2_ptr, out_mean_ptr, out_m2_ptr, C, V, per_chunk, chunks, some, outs, c_blocks,
+    LAST: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    _, n, c = tile.place(1, c_blocks, BLOCK_C)
+    out, n, c = tile.place(outs, c_blocks, BLOCK_C)
     mean = tl.zeros((BLOCK_C,), tl.float32)
     m2 = tl.zeros((BLOCK_C,), tl.float32)
     count = 0.0
-    start = 0
-    while start < chunks:
+    start = out * some
+    end = tl.minimum(start + some, chunks)
+    while start < end:
         k = start + tl.arange(0, BLOCK_V)
-        inside = (k < chunks)[:, None] & (c < C)[None, :]
-        at = (n * chunks + k)[:, None] * C + c[None, :]
+        inside = (k < end)[:, None] & (c < C)[None, :]
+        at = (n.to(tl.int64) * chunks + k)[:, None] * C + c[None, :]
         means = tl.load(mean_ptr + at, mask=inside, other=0.0)
         m2s = tl.load(m2_ptr + at, mask=inside, other=0.0)
         first = k.to(tl.int64) * per_chunk
-        counts = tl.minimum(tl.maximum(V - first, 0), per_chunk).to(tl.float32)[:, None]
+        counts = tl.minimum(tl.maximum(V - first, 0), per_chunk).to(tl.float32)
+        counts = tl.where(k < end, counts, 0.0)[:, None]
         here = tl.sum(counts)
         middle = tl.sum(means * counts, 0) / here
         apart = means - middle[None, :]
@@ -89,8 +92,32 @@ def _combine_kernel(
         m2 += spread + delta * delta * (count * here / both)
         count = both
         start += BLOCK_V
-    tl.store(out_mean_ptr + n * C + c, mean, mask=c < C)
-    tl.store(out_var_ptr + n * C + c, m2 / count, mask=c < C)
+    if LAST:
+        m2 = m2 / count  # the variance
+    at = (n * outs + out) * C + c
+    tl.store(out_mean_ptr + at, mean, mask=c < C)
+    tl.store(out_m2_ptr + at, m2, mask=c < C)
+
+
+def combine(means: Tensor, m2s: Tensor, voxels: int, per_chunk: int) -> Moments:
+    """The moments of images from means and squared deviations of their chunks (N, chunks, C).
+
+    Chunks are of `per_chunk` voxels, the last one of those that are left.
+    """
+    n, chunks, c = means.shape
+    while True:
+        config = configs.over_chunks(n, chunks, c)
+        out = [torch.empty(n, config.chunks, c, dtype=torch.float32, device=means.device)
+               for _ in range(2)]  # fmt: skip
+        tile.launch(
+            _combine_kernel, means, config,
+            means, m2s, *out, c, voxels, per_chunk, chunks, config.loops * config.block_v,
+            config.chunks, config.c_blocks, LAST=config.chunks == 1,
+        )  # fmt: skip
+        if config.chunks == 1:
+            return Moments(out[0][:, 0], out[1][:, 0])
+        per_chunk *= config.loops * config.block_v
+        (means, m2s), chunks = out, config.chunks
 
 
 def moments(x: Tensor, p: Prologue) -> Moments:
@@ -100,7 +127,7 @@ def moments(x: Tensor, p: Prologue) -> Moments:
 def materialize_moments(
     x: Tensor, p: Prologue, residual: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    z = tile.like(x, dtype)
+    z = layout.like(x, dtype)
     return z, *_moments(x, p, residual, z)
 
 
@@ -114,22 +141,15 @@ def _moments(x: Tensor, p: Prologue, residual: Tensor | None, z: Tensor | None) 
     config = configs.of(name, x, x_strides, reduce=True)
     options = {"dtype": torch.float32, "device": x.device}
     means, m2s = (torch.empty(n, config.chunks, c, **options) for _ in range(2))
-    mean, var = (torch.empty(n, c, **options) for _ in range(2))
     images = [one for one in (x, residual, z) if one is not None]
     tile.launch(
         _moments_kernel, x, config,
         x, means, m2s, p.s1, p.t1, p.slope, p.s2, p.t2, residual, z,
         p.activation.p, p.activation.q, c, tile.voxels(x), *x_strides, *r_strides, *z_strides,
         config.chunks, config.c_blocks, config.loops,
-        ACT=p.activation.name, WIDE=tile.is_wide(*images),
+        ACT=p.activation.name, WIDE=tile.is_wide(*images), WORDS=tile.in_words(*images),
     )  # fmt: skip
-    second = configs.over_chunks(n, c)
-    tile.launch(
-        _combine_kernel, x, second,
-        means, m2s, mean, var, c, tile.voxels(x), config.loops * config.block_v, config.chunks,
-        second.c_blocks,
-    )  # fmt: skip
-    return Moments(mean, var)
+    return combine(means, m2s, tile.voxels(x), config.loops * config.block_v)
 
 
 @triton.jit
@@ -137,7 +157,7 @@ def _prologue_sums_kernel(
     g_ptr, x_ptr, out_ptr, s1_ptr, t1_ptr, slope_ptr, s2_ptr, centre_ptr,
     a_ptr, k_ptr, fold_ptr, p, q, C, V, g_n, g_c, g_v, x_n, x_c, x_v, size, chunks, c_blocks, loops,
     ACT: tl.constexpr, AFTER: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     chunk, n, c = tile.place(chunks, c_blocks, BLOCK_C)
     s1, t1 = tile.row(s1_ptr, n, c, C, 1.0), tile.row(t1_ptr, n, c, C, 0.0)
@@ -149,9 +169,9 @@ def _prologue_sums_kernel(
     i = 0
     while i < loops:
         v = (chunk * loops + i) * BLOCK_V + tl.arange(0, BLOCK_V)
-        inside = (v < V)[:, None] & (c < C)[None, :]
-        x_at = x_ptr + n.to(tl.int64) * x_n + tile.offsets(v, c, x_c, x_v, WIDE)
-        g_at = g_ptr + n.to(tl.int64) * g_n + tile.offsets(v, c, g_c, g_v, WIDE)
+        inside = (v < V)[:, None] & (c < tile.edge(C, WORDS))[None, :]
+        x_at = tile.at(x_ptr, n, v, c, x_n, x_c, x_v, WIDE, WORDS)
+        g_at = tile.at(g_ptr, n, v, c, g_n, g_c, g_v, WIDE, WORDS)
         x = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
         g = tl.load(g_at, mask=inside, other=0.0).to(tl.float32)
         u = s1 * x + t1
@@ -191,5 +211,6 @@ def prologue_sums(
         c, tile.voxels(x), *g_strides, *x_strides, out[0].numel(), config.chunks,
         config.c_blocks, config.loops,
         ACT=p.activation.name, AFTER=after, WIDE=tile.is_wide(g, x),
+        WORDS=tile.in_words(g, x),
     )  # fmt: skip
     return out.sum(2)

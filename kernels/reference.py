@@ -1,135 +1,81 @@
 """The passes in plain PyTorch: the specification of the kernels, and their fallback.
 
-The convolutions are under torch's own autograd; the passes over a pending transform are steps of a
-written-out gradient (`cassetta.functional`), and are not differentiated themselves. All compute in
-float32 (float64 for float64) and round once, when they store.
+They are steps of a written-out gradient (`cassetta.functional`), and are not differentiated
+themselves. All compute in float32 (float64 for float64) and round once, when they store; only
+convolutions round before their epilogue, too. What convolutions return is channels last in whole
+words (`layout`).
 """
-
-import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from cassetta.kernels import activations
-from cassetta.kernels.types import Fold, Geometry, Moments, Pooling, Prologue
-
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_CONV_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+from cassetta.kernels import activations, layout, library
+from cassetta.kernels.types import NOTHING, Activation, Fold, Geometry, Moments, Pooling, Prologue
 
 
-def conv_fprop(x: Tensor, w: Tensor, b: Tensor | None, geometry: Geometry) -> Tensor:
-    """Convolve x (N, C, *X) with w (K, C/G, *T), zeros outside x: (N, K, *Y).
+def conv_fprop(
+    x: Tensor, p: Prologue, w: Tensor, b: Tensor | None, geometry: Geometry,
+    x2: Tensor | None = None, epilogue: Prologue = NOTHING, residual: Tensor | None = None,
+    moments_of: Activation | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Convolve z, what x stands for, and further channels x2, in the dtype of the weights.
 
-    Where a sample has 2^31 elements or more, in slabs: cuDNN has returned zeros there, or asked for
-    a hundred GiB (pytorch#87354, #132300).
+    y = s2 act(s1 (z * w + b) + t1) + t2 (+ residual)    by `epilogue`; zeros surround z
+
+    x (N, C, *X), x2 (N, C2, *X), w (K, C + C2, *T), y and residual (N, K, *Y). Returns y, and the
+    mean and variance of `moments_of` y: (N, K), or nothing (0,) where that is None.
     """
-    pieces = _slabs(x, w, geometry)
-    if pieces:
-        outputs = [
-            conv_fprop(x.narrow(2, start, stop - start), w, b, part)
-            for _, (start, stop), part in pieces
-        ]
-        return torch.cat(outputs, 2)
-    stride, padding, dilation, groups = geometry
-    if any(before != after for before, after in padding):
-        x = F.pad(x, [p for pair in reversed(padding) for p in pair])
-        padding = ((0, 0),) * len(padding)
-    symmetric = tuple(before for before, _ in padding)
-    return _CONV[len(stride)](x, w, b, stride, symmetric, dilation, groups)
+    z = materialize(x, p, None, w.dtype)
+    z = z if x2 is None else torch.cat([z, x2.to(w.dtype)], 1)
+    y = library.conv(z, w, b, geometry)
+    y = materialize(y, epilogue, residual, w.dtype, words=True)
+    if moments_of is None:
+        nothing = y.new_empty(0, dtype=torch.promote_types(y.dtype, torch.float32))
+        return y, nothing, nothing.clone()
+    return y, *moments(y, Prologue(activation=moments_of))
 
 
-def conv_backward(
-    g: Tensor, x: Tensor, w: Tensor, b: Tensor | None, geometry: Geometry,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of x, w and b in `conv_fprop`, given that of y; those that are needed."""
-    pieces = _slabs(x, w, geometry)
-    if pieces:
-        return _backward_in_slabs(g, x, w, b, pieces, needs)
-    stride, padding, dilation, groups = geometry
-    shape = x.shape
-    uneven = any(before != after for before, after in padding)
-    if uneven:
-        x = F.pad(x, [p for pair in reversed(padding) for p in pair])
-    common = [0 if uneven else before for before, _ in padding]
-    dx, dw, db = torch.ops.aten.convolution_backward(
-        g, x, w, None if b is None else list(b.shape), stride, common, dilation, False,
-        [0] * len(stride), groups, needs,
-    )  # fmt: skip
-    if uneven and dx is not None:
-        for axis, (before, _) in enumerate(padding, start=2):
-            dx = dx.narrow(axis, before, shape[axis])
-    return dx, dw, db
+def conv_dgrad(
+    g: Tensor, w: Tensor, geometry: Geometry, size: tuple[int, ...], x: Tensor | None = None,
+    p: Prologue = NOTHING, centre: Tensor | None = None, after: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradient dz (N, C, *size), given that of y, g (N, K, *Y), in its dtype.
 
-
-LARGEST = 2**31
-"""Elements of a sample from which on convolutions are done in slabs."""
-
-Slab = tuple[tuple[int, int], tuple[int, int], Geometry]  # rows of y, rows of x, padding there
-
-
-def _slabs(x: Tensor, w: Tensor, geometry: Geometry) -> list[Slab]:
-    """Slabs along the first spatial axis, of which each has a quarter of LARGEST at most.
-
-    A compiler sees one convolution, because the size of the image may be open.
+    With x and its pending transform p, also the first two `prologue_sums` of dz, for no fold:
+    (2, N, C); else nothing (0,).
     """
-    if torch.compiler.is_compiling():
-        return []
-    (stride, *_), padding, (dilation, *_), _ = geometry
-    before, after = padding[0]
-    span = dilation * (w.shape[2] - 1) + 1
-    size = x.shape[2]
-    rows = (size + before + after - span) // stride + 1
-    elements = math.prod(x.shape[3:]) * max(x.shape[1] * size, w.shape[0] * rows)
-    if elements < LARGEST or rows < 2 or max(before, after) >= span:
-        return []
-    step = max(1, rows * LARGEST // (4 * elements))
-    slabs = []
-    for first in range(0, rows, step):
-        last = min(first + step, rows)
-        start, stop = first * stride - before, (last - 1) * stride - before + span
-        edges = (max(0, -start), max(0, stop - size))
-        part = geometry._replace(padding=(edges, *padding[1:]))
-        slabs.append(((first, last), (max(start, 0), min(stop, size)), part))
-    return slabs
+    image = g.new_empty((g.shape[0], w.shape[1], *size))
+    found, _, _ = library.conv_backward(g, image, w, None, geometry, (True, False, False))
+    assert found is not None
+    dz = layout.empty(tuple(image.shape), g.dtype, g.device).copy_(found)
+    if x is None or centre is None:
+        return dz, g.new_empty(0, dtype=torch.promote_types(g.dtype, torch.float32))
+    return dz, prologue_sums(dz, x, p, centre, None, after)[:2]
 
 
-def _backward_in_slabs(
-    g: Tensor, x: Tensor, w: Tensor, b: Tensor | None, slabs: list[Slab],
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """The gradients of slabs, added where they overlap; those of w and b in float32 at least."""
-    dx = torch.zeros_like(x) if needs[0] else None
-    wide = torch.promote_types(w.dtype, torch.float32)
-    dw = torch.zeros_like(w, dtype=wide) if needs[1] else None
-    db = None if b is None or not needs[2] else torch.zeros_like(b, dtype=wide)
-    for (first, last), (start, stop), part in slabs:
-        here = x.narrow(2, start, stop - start)
-        one, two, three = conv_backward(g.narrow(2, first, last - first), here, w, b, part, needs)
-        for total, share in ((None if dx is None else dx.narrow(2, start, stop - start), one),
-                             (dw, two), (db, three)):  # fmt: skip
-            if total is not None and share is not None:
-                total += share
-    return dx, None if dw is None else dw.to(w.dtype), None if db is None else db.to(w.dtype)
+def conv_wgrad(
+    g: Tensor, x: Tensor, p: Prologue, taps: tuple[int, ...], geometry: Geometry
+) -> tuple[Tensor, Tensor]:
+    """The gradients of w (K, C, *taps) and b (K,), in float32 at least, given that of y, g."""
+    z = materialize(x, p, None, g.dtype)
+    w, b = g.new_empty((g.shape[1], x.shape[1], *taps)), g.new_empty(g.shape[1])
+    _, dw, _ = library.conv_backward(g, z, w, b, geometry, (False, True, False))
+    assert dw is not None
+    wide = torch.promote_types(g.dtype, torch.float32)
+    return dw.to(wide).contiguous(), g.to(wide).sum((0, *range(2, g.ndim)))
 
 
 def conv_transposed(
-    x: Tensor, w: Tensor, b: Tensor | None, geometry: Geometry, output_padding: tuple[int, ...]
-) -> Tensor:
-    """The adjoint of `conv_fprop` in x, plus b: x (N, K, *Y), w (K, C/G, *T) to (N, C, *X).
+    x: Tensor, p: Prologue, w: Tensor, b: Tensor | None, geometry: Geometry,
+    epilogue: Prologue = NOTHING, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The adjoint of a convolution whose stride is its size, of z: x (N, K, *Y) to (N, C, *X).
 
-    What the forward convolution pads is cropped here; `output_padding` lengthens the end of each
-    axis, which a stride leaves open.
+    w (K, C, *T), in whose dtype it is computed; bias (C,), epilogue and residual as `conv_fprop`.
     """
-    stride, padding, dilation, groups = geometry
-    common = tuple(min(pair) for pair in padding)
-    y = _CONV_TRANSPOSED[len(stride)](x, w, b, stride, common, output_padding, groups, dilation)
-    for axis, (before, after) in enumerate(padding, start=2):
-        if before != after:
-            start = before - min(before, after)
-            y = y.narrow(axis, start, y.shape[axis] - abs(after - before))
-    return y
+    z = materialize(x, p, None, w.dtype)
+    y = library.conv_transposed(z, w, b, geometry, (0,) * (x.ndim - 2))
+    return materialize(y, epilogue, residual, w.dtype, words=True)
 
 
 def moments(x: Tensor, p: Prologue) -> Moments:
@@ -139,14 +85,22 @@ def moments(x: Tensor, p: Prologue) -> Moments:
     return Moments(v.mean(space), v.var(space, correction=0))
 
 
-def materialize(x: Tensor, p: Prologue, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """z = s2 act(s1 x + t1) + t2 (+ residual), for x (N, C, *X), in `dtype`."""
+def materialize(
+    x: Tensor, p: Prologue, residual: Tensor | None, dtype: torch.dtype, words: bool = False
+) -> Tensor:
+    """z = s2 act(s1 x + t1) + t2 (+ residual), for x (N, C, *X), in `dtype`.
+
+    In the layout of x; or channels last in whole `words`, as convolutions read it (`layout`).
+    """
     _, z = _inner(x, p)
     if p.s2 is not None and p.t2 is not None:
         z = _over(p.s2, x) * z + _over(p.t2, x)
     if residual is not None:
         z = z + residual
-    return z.to(dtype)
+    z = z.to(dtype)
+    if words or layout.is_padded(x):
+        return layout.empty(tuple(z.shape), dtype, z.device).copy_(z)
+    return z
 
 
 def materialize_moments(
@@ -198,7 +152,7 @@ def prologue_dgrad(g: Tensor, x: Tensor, p: Prologue, fold: Fold | None, after: 
         dx = dx * _over(p.s1, x)
     if fold is not None and not after:
         dx = dx + _folded(fold, x.to(u.dtype))
-    return dx.to(x.dtype)
+    return layout.like(x, x.dtype).copy_(dx) if layout.is_padded(x) else dx.to(x.dtype)
 
 
 def norm_finalize(

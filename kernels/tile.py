@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cassetta.kernels import layout
 from cassetta.kernels.configs import Config, PoolConfig
 
 
@@ -26,12 +27,29 @@ def place(chunks, c_blocks, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def offsets(v, c, stride_c, stride_v, WIDE: tl.constexpr):
-    """Offsets (BLOCK_V, BLOCK_C) inside a sample, in 64 bits where a sample needs them."""
+def edge(C, WORDS: tl.constexpr):
+    """How many channels a program may touch: those of the last word, where they come in words."""
+    last = C
+    if WORDS:
+        last = tl.cdiv(C, 8) * 8
+    return last
+
+
+@triton.jit
+def at(ptr, n, v, c, stride_n, stride_c, stride_v, WIDE: tl.constexpr, WORDS: tl.constexpr):
+    """Where the voxels v and channels c of sample n are: pointers (BLOCK_V, BLOCK_C).
+
+    The offsets inside a sample are in 64 bits where one needs them. In words, strides are multiples
+    of 8, and the compiler is shown so.
+    """
+    if WORDS:
+        stride_n = stride_n // 8 * 8
+        stride_v = stride_v // 8 * 8
+        stride_c = 1
     if WIDE:
         v = v.to(tl.int64)
         c = c.to(tl.int64)
-    return v[:, None] * stride_v + c[None, :] * stride_c
+    return ptr + n.to(tl.int64) * stride_n + (v[:, None] * stride_v + c[None, :] * stride_c)
 
 
 @triton.jit
@@ -141,24 +159,12 @@ def derivative(u, p, q, slope, ACT: tl.constexpr):
     return d
 
 
-def strides(x: Tensor) -> tuple[int, int, int] | None:
-    """Strides of samples, channels and voxels; None if the voxels have no common stride."""
-    step = reach = None
-    for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
-        if size > 1:
-            if reach is not None and stride != reach:
-                return None
-            step = stride if step is None else step  # 0 for what was expanded, a gradient of a sum
-            reach = stride * size
-    return x.stride(0), x.stride(1), 1 if step is None else step
-
-
 def strided(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     """The tensor and its three strides; copied if the voxels have no common stride."""
-    steps = strides(x)
+    steps = layout.strides(x)
     if steps is None:
         x = x.contiguous()
-        steps = strides(x)
+        steps = layout.strides(x)
         assert steps is not None
     return x, steps
 
@@ -178,9 +184,12 @@ def _reach(x: Tensor) -> int:
     return sum(last) + 2**16  # a tile may begin inside and end outside
 
 
-def like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """An uninitialized image of the shape and, if it is dense, the layout of x."""
-    return torch.empty_like(x, dtype=dtype)
+def in_words(*images: Tensor) -> bool:
+    """Whether a pass over these images touches whole words of 8 channels.
+
+    Where the number of channels is a multiple of 16, the compiler sees that by itself.
+    """
+    return images[0].shape[1] % 16 != 0 and all(map(layout.is_in_words, images))
 
 
 def launch(

@@ -14,6 +14,11 @@ class Geometry(NamedTuple):
     dilation: tuple[int, ...]
     groups: int = 1  # of the channels, not per axis
 
+    def size_of(self, size: Sequence[int], taps: Sequence[int]) -> tuple[int, ...]:
+        """The size of what leaves a convolution of an image of this size by so many taps."""
+        axes = zip(size, taps, *self[:3], strict=True)
+        return tuple((n + sum(pad) - d * (t - 1) - 1) // s + 1 for n, t, s, pad, d in axes)
+
 
 class Activation(NamedTuple):
     """A function of one number, by the name it has in `activations`, with up to two constants."""
@@ -41,6 +46,10 @@ class Prologue(NamedTuple):
     def is_identity(self) -> bool:
         """Whether z is x."""
         return self.s1 is None and self.s2 is None and self.activation.name == "identity"
+
+
+NOTHING = Prologue()
+"""Nothing is pending."""
 
 
 class Moments(NamedTuple):

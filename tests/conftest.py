@@ -87,6 +87,13 @@ def kernels(monkeypatch):
         yield torch.device(DEVICE)
 
 
+@pytest.fixture(params=["library", "gemm"])
+def engine(request):
+    """Which engine runs every fused block in this test."""
+    with dispatch.use_engine(request.param):
+        yield request.param
+
+
 def _poisoned(make):
     def poisoned(*args, **kwargs):
         out = make(*args, **kwargs)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cassetta import functional
-from cassetta.kernels import reference
+from cassetta.kernels import library
 from cassetta.kernels.types import Geometry
 from cassetta.layers import (
     Conv,
@@ -299,7 +299,7 @@ def test_a_sample_too_large_for_cudnn_is_convolved_in_slabs(monkeypatch, name, l
     x = torch.randn(2, 4, 17, 5, 4).double().requires_grad_()
     w = torch.randn(4, 4 // geometry.groups, size, 3, 3).double().requires_grad_()
     b = torch.randn(4).double().requires_grad_()
-    expected = reference.conv_fprop(x, w, b, geometry)
+    expected = library.conv(x, w, b, geometry)
     g = torch.randn_like(expected)
     grads = torch.autograd.grad(expected, (x, w, b), g)
     whole = torch.nn.functional.conv3d
@@ -309,16 +309,16 @@ def test_a_sample_too_large_for_cudnn_is_convolved_in_slabs(monkeypatch, name, l
         seen.append(x[0].numel())
         return whole(x, w, *rest)
 
-    monkeypatch.setattr(reference, "LARGEST", largest)
-    monkeypatch.setitem(reference._CONV, 3, watched)
-    out = reference.conv_fprop(x, w, b, geometry)
+    monkeypatch.setattr(library, "LARGEST", largest)
+    monkeypatch.setitem(library._CONV, 3, watched)
+    out = library.conv(x, w, b, geometry)
     assert len(seen) > 1
     assert_near(out.detach(), expected.detach())
     for ours, theirs in zip(torch.autograd.grad(out, (x, w, b), g), grads, strict=True):
         assert_near(ours, theirs)
     with torch.no_grad():
-        written = reference.conv_backward(g, x, w, b, geometry, (True, True, True))
-        dx, _, db = reference.conv_backward(g, x, w, b, geometry, (False, True, False))
+        written = library.conv_backward(g, x, w, b, geometry, (True, True, True))
+        dx, _, db = library.conv_backward(g, x, w, b, geometry, (False, True, False))
     assert dx is None
     assert db is None
     for ours, theirs in zip(written, grads, strict=True):

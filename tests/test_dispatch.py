@@ -4,13 +4,13 @@ import pytest
 import torch
 
 import cassetta
-from cassetta.kernels import BackendError, backend, dispatch, reference, why_reference
+from cassetta.kernels import BackendError, backend, dispatch, library, reference, why_reference
 from cassetta.layers import Conv
 
 
 def test_the_default_is_auto_and_says_why_it_runs_the_reference():
     assert backend() == "auto"
-    assert dispatch.implementation() is reference
+    assert dispatch.implementation() is library
     why = why_reference()
     assert why is None if torch.cuda.is_available() else "no NVIDIA GPU" in why
 

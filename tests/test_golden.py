@@ -4,7 +4,6 @@
 what the original computed. `golden/module_trees.json` holds the names and classes of its modules.
 """
 
-import contextlib
 import json
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from cassetta import backbones, layers, models
-from cassetta.kernels import dispatch
+from cassetta.kernels import configs, dispatch
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
@@ -40,19 +39,25 @@ def test_all_cases_are_here():
     assert sorted(TREES) == CASES
 
 
-@pytest.mark.parametrize("run", ["plain", "fused"])
+@pytest.mark.parametrize("run", ["reference", "library", "gemm"])
 @pytest.mark.parametrize("case", CASES)
 def test_numbers(case, run):
     """In plain PyTorch, and by pending transforms with their written-out gradients."""
-    with contextlib.nullcontext() if run == "plain" else dispatch.fused_on_reference():
+    with dispatch.use_engine(run), dispatch.fused_on_reference():
         for name, (error, scale) in errors(case, torch.float64, torch.device("cpu")).items():
             assert error <= 1e-10 * scale, name
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_numbers_through_the_kernels(case, kernels):
-    """In float32, as near as plain PyTorch comes in float32, which a dozen layers amplify."""
-    ours = errors(case, torch.float32, kernels)
+def test_numbers_through_the_kernels(case, kernels, engine):
+    """In float32, as near as plain PyTorch comes in float32, which a dozen layers amplify.
+
+    The interpreter takes its time per step, whatever its size: large tiles, where no GPU has to
+    hold them.
+    """
+    large = configs.GemmPlan(1024, 128, 128), configs.WgradPlan(512, 128, 512)
+    with configs.use_plan(*(large if kernels.type == "cpu" else ())):
+        ours = errors(case, torch.float32, kernels)
     with dispatch.use_backend("reference"):
         same = errors(case, torch.float32, kernels)
     for name, (error, scale) in ours.items():

@@ -13,5 +13,6 @@ from cassetta.functional.deferred import (
     defer as defer,
     materialize as materialize,
 )
+from cassetta.functional.gemm import conv_gemm as conv_gemm
 from cassetta.functional.norm import Norm as Norm, Pool as Pool
 from cassetta.functional.resize import fit as fit, nth as nth, resize as resize

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from cassetta.core.typing import BoundType
 from cassetta.functional.deferred import Deferred, first_order
-from cassetta.kernels import dispatch, ops, reference
+from cassetta.kernels import dispatch, library, ops
 from cassetta.kernels.types import Activation, Geometry, Prologue, flat, unflat
 
 Pairs = tuple[tuple[int, int], ...]
@@ -58,7 +58,7 @@ def conv(
     if padding_mode != "zeros" and to_enum(padding_mode) != Bound.zero:  # the word is quick to tell
         inp = pad(inp, geometry.padding, padding_mode)
         geometry = geometry._replace(padding=((0, 0),) * len(geometry.padding))
-    return dispatch.implementation().conv_fprop(inp, weight, bias, geometry)
+    return dispatch.implementation().conv(inp, weight, bias, geometry)
 
 
 def conv_transposed(
@@ -110,7 +110,7 @@ class _Convolution(Function):
         ctx.save_for_backward(x, w, b, s1, t1, slope, s2, t2)
         z = _operand(x, unflat((s1, t1, name, p, q, slope, s2, t2)), dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return reference.conv_fprop(z, w, b, Geometry(*ctx.geometry))
+            return library.conv(z, w, b, Geometry(*ctx.geometry))
 
     @staticmethod
     @first_order
@@ -123,7 +123,7 @@ class _Convolution(Function):
         elif x.dtype != ctx.dtype:
             z = x.to(ctx.dtype)  # only its shape and layout matter
         to = (needs[0], needs[1], needs[2])
-        dx, dw, db = reference.conv_backward(g, z, w, b, Geometry(*ctx.geometry), to)
+        dx, dw, db = library.conv_backward(g, z, w, b, Geometry(*ctx.geometry), to)
         return dx, dw, db, *[None] * ctx.nb_others
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,9 +29,7 @@ from torch.autograd import Function
 
 from cassetta.functional.norm import Norm, Pool, standardize
 from cassetta.kernels import ops
-from cassetta.kernels.types import Activation, Moments, Prologue, flat, unflat
-
-_NOTHING = Prologue()
+from cassetta.kernels.types import NOTHING, Activation, Moments, Prologue, flat, unflat
 
 
 class Deferred:
@@ -40,12 +38,13 @@ class Deferred:
     def __init__(
         self,
         raw: Tensor,
-        prologue: Prologue = _NOTHING,
+        prologue: Prologue = NOTHING,
         norm: Norm | None = None,
         affine: tuple[Tensor | None, Tensor | None] = (None, None),
         weight: Tensor | None = None,
         residual: Tensor | None = None,
         own: Moments | None = None,
+        own_of: Activation = NOTHING.activation,
     ) -> None:
         self.raw = raw
         self.prologue = prologue
@@ -53,10 +52,11 @@ class Deferred:
         self.affine = affine  # gamma and beta of the norm
         self.weight = weight  # of PReLU
         self.residual = residual  # still to be added, and then nothing else is applied before it is
-        self.own = own  # the moments of raw, where they are known
+        self.own = own  # the moments of raw, or of `own_of` it, where they are known
+        self.own_of = own_of
         self._z: Tensor | None = raw if prologue.is_identity and residual is None else None
         self._own_of_z: Moments | None = None
-        self._handle = raw if prologue.is_identity else None
+        self._stand_in = _StandIn(raw) if prologue.is_identity else None
 
     @property
     def shape(self) -> torch.Size:
@@ -77,7 +77,7 @@ class Deferred:
         if x._z is not None:
             return Deferred(x._z, residual=residual)
         out = Deferred(x.raw, x.prologue, x.norm, x.affine, x.weight, residual)
-        out._handle = x.handle()  # one node, whoever reads
+        out._stand_in = x._standing_in()  # one node, whoever reads
         return out
 
     def settled(self) -> Deferred:
@@ -135,7 +135,7 @@ class Deferred:
                 n, table = self.raw.shape[0], _table_dtype(self.raw)
                 own = Moments(*(one.to(table).repeat(n, 1) for one in fixed))
                 pool = Pool("fixed")
-            elif self.own is not None and not self.has_activation:
+            elif self.own is not None and self._is_own_of_what_is_pending():
                 own = self.own
             else:
                 inner = self.prologue if self.has_activation else Prologue()
@@ -153,15 +153,38 @@ class Deferred:
 
     def handle(self) -> Tensor:
         """What stands for z in the graph, and is x in memory."""
-        if self._handle is None:
+        stand_in = self._standing_in()
+        stand_in.is_summed[0] = False
+        return stand_in.z
+
+    def handles(self) -> tuple[Tensor, Tensor | None]:
+        """`handle`, for a reader that also returns what `reference.prologue_sums` makes of its
+        gradient of z: as that of the second tensor, of which the first two are wanted (2, N, C).
+
+        There is none where nobody wants sums.
+        """
+        stand_in = self._standing_in()
+        return stand_in.z, stand_in.sums
+
+    def _standing_in(self) -> _StandIn:
+        if self._stand_in is None:
             gamma, beta = self.affine
             given = (self.raw, gamma, beta, self.weight)
             if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
                 norm = (None,) * len(Norm._fields) if self.norm is None else self.norm
-                self._handle = _Pending.apply(*given, *flat(self.prologue), *norm)
+                is_summed = [self.norm is not None and not torch.compiler.is_compiling()]
+                z, sums = _Pending.apply(*given, *flat(self.prologue), *norm, is_summed)  # type: ignore[misc]
+                self._stand_in = _StandIn(z, sums if is_summed[0] else None, is_summed)
             else:
-                self._handle = self.raw
-        return self._handle  # type: ignore[return-value]
+                self._stand_in = _StandIn(self.raw)
+        return self._stand_in
+
+    def _is_own_of_what_is_pending(self) -> bool:
+        """Whether the known moments are of the value that a norm would now look at."""
+        s1, _, activation, slope, _, _ = self.prologue
+        if activation != self.own_of:
+            return False
+        return not self.has_activation or (s1 is None and slope is None)
 
     def z(self) -> Tensor:
         """z itself, computed once."""
@@ -180,7 +203,8 @@ class Deferred:
         return Deferred(self._z, own=self._own_of_z)  # type: ignore[arg-type]
 
     def _next(self, prologue: Prologue, norm: Norm | None, **changes: Any) -> Deferred:
-        now = {"affine": self.affine, "weight": self.weight, "own": self.own, **changes}
+        now = {"affine": self.affine, "weight": self.weight, **changes}
+        now |= {"own": self.own, "own_of": self.own_of}
         return Deferred(self.raw, prologue, norm, **now)
 
 
@@ -231,22 +255,39 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
+class _StandIn(NamedTuple):
+    """What stands for z in the graph."""
+
+    z: Tensor
+    sums: Tensor | None = None  # for the sums of its gradient
+    is_summed: list[bool] = [False]  # noqa: RUF012 (one value): whether all readers return them
+
+
 class _Pending(Function):
-    """x as it is, standing for z; backward, the gradient of z becomes that of x and parameters."""
+    """x as it is, standing for z; backward, the gradient of z becomes that of x and parameters.
+
+    Readers may return the sums that the norm asks for together with the gradient of z: they are
+    linear in it, so those of several readers add up as it does. `is_summed` [bool] tells whether
+    all of them do.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gamma: Any, beta: Any, weight: Any, *rest: Any) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, gamma: Any, beta: Any, weight: Any, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        rest, ctx.is_summed = rest[:-1], rest[-1]
         s1, t1, name, p, q, slope, s2, t2, mean, rstd, centre, before, after, pool, outer = rest
         tables = (s1, t1, slope, s2, t2, mean, rstd, centre, before, after)
         needs_x = mean is not None or name != "identity"  # a mere factor does not
         ctx.save_for_backward(x if needs_x else None, gamma, beta, weight, *tables)
         ctx.activation = (name, p, q)
-        ctx.pool, ctx.outer, ctx.nb_others = pool, bool(outer), len(rest)
-        return x.view_as(x)
+        ctx.pool, ctx.outer, ctx.nb_others = pool, bool(outer), len(rest) + 1
+        ctx.set_materialize_grads(False)
+        return x.view_as(x), x.new_empty(2, *x.shape[:2], dtype=_table_dtype(x))
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, g: Tensor) -> tuple:
+    def backward(ctx: Any, g: Tensor, sums: Tensor | None) -> tuple:
         x, gamma, beta, weight, s1, t1, slope, s2, t2, mean, rstd, centre, before, after = (
             ctx.saved_tensors
         )
@@ -257,7 +298,8 @@ class _Pending(Function):
         voxels = math.prod(x.shape[2:])
         if mean is not None and (ctx.pool.kind != "fixed" or to_gamma or to_beta):
             norm = Norm(mean, rstd, centre, before, after, ctx.pool, ctx.outer)
-            sums = ops.prologue_sums(g, x, prologue, centre, None, ctx.outer)
+            if sums is None or not ctx.is_summed[0]:
+                sums = ops.prologue_sums(g, x, prologue, centre, None, ctx.outer)
             dgamma, dbeta, fold = norm.gradients(gamma, sums, voxels)
         if to_weight:  # after the norm, which has its share in the gradient of what precedes it
             outer_fold = fold if ctx.outer else None

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cassetta import functional
@@ -18,6 +19,7 @@ from cassetta.core.typing import (
 )
 from cassetta.functional import Deferred, defer, materialize
 from cassetta.kernels.activations import KEEP_SIGN
+from cassetta.kernels.types import Activation, Prologue
 from cassetta.layers import fusing
 from cassetta.layers.activations import make_activation
 from cassetta.layers.attention import make_attention
@@ -140,28 +142,42 @@ class ConvBlock(Stack):
             out = layer(out)
         return Deferred(out)
 
-    def _fused(self, x: Deferred, layers: dict[str, Any]) -> Deferred:
-        steps = "".join(letter for letter in self.order if layers[letter] is not None)
-        act = None
-        if layers["n"] is None and "ca" in steps:  # the activation leaves with the convolution
-            act = fusing.activation_of(layers["a"])
-            if act is not None and act.name in KEEP_SIGN and act.p >= 0:
-                steps = steps.replace("a", "")
-            else:
-                act = None
+    def _library(self, x: Deferred, layers: dict[str, Any]) -> Deferred:
+        steps = [letter for letter in self.order if layers[letter] is not None]
+        act = self._leaving(steps, layers)
         for letter in steps:
             layer = layers[letter]
             if letter == "c":
                 x = functional.conv_deferred(x, layer.weight, layer.bias, layer.geometry, act)
-            elif letter == "n":
-                x = fusing.normalized(x, layer)
-            elif letter == "d":
-                x = fusing.dropped(x, layer)
-            elif letter == "a":
-                x = fusing.activated(x, layer)
-            else:
-                x = Deferred(layer(materialize(x)))
+            elif letter != "a" or act is None:
+                x = fusing.step(letter, layer, x)
         return x
+
+    def _gemm(self, x: Deferred, layers: dict[str, Any]) -> Deferred:
+        steps = [letter for letter in self.order if layers[letter] is not None]
+        here = steps.index("c")
+        for letter in steps[:here]:
+            x = fusing.step(letter, layers[letter], x)
+        conv, rest = layers["c"], steps[here + 1 :]
+        if torch.is_grad_enabled():
+            act = self._leaving(steps, layers)
+            epilogue = Prologue(activation=act or Activation())
+            rest = [letter for letter in rest if letter != "a" or act is None]
+        else:  # what needs no statistics leaves with the convolution
+            epilogue, rest = fusing.folded(rest, layers, x, conv)
+        of = fusing.moments_after(rest, layers)
+        x = functional.conv_gemm(x, conv.weight, conv.bias, conv.geometry, epilogue, of)
+        for letter in rest:
+            x = fusing.step(letter, layers[letter], x)
+        return x
+
+    @staticmethod
+    def _leaving(steps: list[str], layers: dict[str, Any]) -> Activation | None:
+        """The activation that leaves with the convolution, where no norm needs what precedes it."""
+        if layers["n"] is not None or "ca" not in "".join(steps):
+            return None
+        act = fusing.activation_of(layers["a"])
+        return act if act is not None and act.name in KEEP_SIGN and act.p >= 0 else None
 
     def in_order(self) -> Iterator[nn.Module]:
         """The layers that there are, in the order of the word; then what was appended since.
@@ -178,7 +194,8 @@ class ConvBlock(Stack):
 
 ENGINES: dict[str, Callable[[ConvBlock, Deferred, dict[str, Any]], Deferred]] = {
     "reference": ConvBlock._plain,
-    "library": ConvBlock._fused,
+    "library": ConvBlock._library,
+    "gemm": ConvBlock._gemm,
 }
 """Who can run a block, by name."""
 

@@ -6,7 +6,7 @@ carries no hook. Any other module meets tensors, as always.
 """
 
 import threading
-from collections.abc import Container, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch.nn.modules import module as torch_module
 from cassetta.functional import Deferred, Pool, defer, materialize
 from cassetta.kernels import dispatch
 from cassetta.kernels.dispatch import Choice
-from cassetta.kernels.types import Activation, Moments
+from cassetta.kernels.types import Activation, Moments, Prologue
 from cassetta.layers.conv import Conv
 from cassetta.layers.dropout import ChannelDropout
 from cassetta.layers.norm import BatchNorm, InstanceNorm, LayerNorm, check_statistics
@@ -85,7 +85,7 @@ def listening(training: bool) -> Iterator[list[Ran]]:
 
 
 def choose(
-    block: nn.Module, layers: dict[str, nn.Module | None], x: Deferred, engines: Container[str]
+    block: nn.Module, layers: dict[str, nn.Module | None], x: Deferred, engines: Iterable[str]
 ) -> Choice:
     """Who runs a block of these layers on x; whoever listens is told.
 
@@ -98,7 +98,8 @@ def choose(
     if why is None and _process_group(layers.get("n")) is not None:
         choice = Choice("library", "", "torch's own SyncBatchNorm is for GPUs only")
     else:
-        choice = dispatch.choose(x.raw, why, lambda: key(layers, x.raw), engines)
+        able = [name for name in engines if why_not(name, layers["c"]) is None]
+        choice = dispatch.choose(x.raw, why, lambda: key(layers, x.raw), able)
     if _listener.log is not None:
         image = torch.empty_strided(x.raw.shape, x.raw.stride(), dtype=x.raw.dtype, device="meta")
         _listener.log.append(Ran(block, choice, image, key(layers, x.raw)))
@@ -126,6 +127,13 @@ def key(layers: dict[str, nn.Module | None], image: Tensor) -> str:
     training = torch.is_grad_enabled() if _listener.training is None else _listener.training
     use = "training" if training else "inference"
     return f"{'x'.join(map(str, image.shape))} {kind}, {', '.join(words)}, {use}"
+
+
+def why_not(engine: str, conv: nn.Module | None) -> str | None:
+    """Why this engine has no kernel for a convolution that the fused block has, as a sentence."""
+    if engine == "gemm" and isinstance(conv, Conv) and conv.groups != 1:
+        return f"our own convolutions have no groups, and this one has {conv.groups}"
+    return None
 
 
 def _why_plain(block: nn.Module, layers: dict[str, nn.Module | None], x: Deferred) -> str | None:
@@ -171,6 +179,47 @@ def activation_of(module: nn.Module) -> Activation | None:
         return Activation("gelu_tanh" if module.approximate == "tanh" else "gelu")
     if isinstance(module, nn.Softplus) and kind is nn.Softplus:
         return Activation("softplus", float(module.beta), float(module.threshold))
+    return None
+
+
+def step(letter: str, layer: Any, x: Deferred) -> Deferred:
+    """What a layer, not a convolution, makes of x: a norm, dropout, activation or attention."""
+    if letter == "x":
+        return Deferred(layer(materialize(x)))
+    return {"n": normalized, "d": dropped, "a": activated}[letter](x, layer)
+
+
+def folded(
+    steps: list[str], layers: dict[str, Any], x: Deferred, conv: Conv
+) -> tuple[Prologue, list[str]]:
+    """What of the steps after a convolution is one transform known beforehand; and the others."""
+    size = conv.geometry.size_of(x.shape[2:], conv.kernel_size)
+    shape = (x.shape[0], conv.out_channels, *size)
+    pending = Deferred(x.raw.new_empty(()).expand(shape))  # for its shape, without memory
+    for n, letter in enumerate(steps):
+        is_second = letter == "a" and pending.has_activation
+        if letter == "x" or is_second or (letter == "n" and _pool(layers["n"]) is not None):
+            return pending.prologue, steps[n:]
+        pending = step(letter, layers[letter], pending)
+    return pending.prologue, []
+
+
+def moments_after(steps: list[str], layers: dict[str, Any]) -> Activation | None:
+    """Of which function of what leaves a convolution these steps need the moments; None for none.
+
+    A factor (dropout) before an activation, and what PReLU learns, are not known to the kernel.
+    """
+    activation = Activation()
+    for n, letter in enumerate(steps):
+        if letter == "n":
+            return None if _pool(layers["n"]) is None else activation
+        if letter == "a":
+            found = activation_of(layers["a"])
+            if found is None or found.name == "prelu" or "d" in steps[:n]:
+                return None
+            activation = found
+        elif letter == "x":
+            return None
     return None
 
 

@@ -1,0 +1,72 @@
+"""The gradient of the image of a convolution, and transposed convolutions, by the forward kernel.
+
+Where the stride is 1, the gradient is a convolution of dy with the taps mirrored and the channels
+exchanged. Where taps do not overlap (the stride is their size), each voxel of dy gives one value to
+each of its taps: a product per tap, whose rows are written to where the tap lies; a transposed
+convolution is the same.
+
+A convolution that reads a pending transform z of x also needs, for the norm in it, the sums over
+the voxels that `reference.prologue_sums` states; they are taken here, from dz while it is at hand.
+"""
+
+from torch import Tensor
+
+from cassetta.kernels import layout
+from cassetta.kernels.configs import Product
+from cassetta.kernels.conv_fprop import Walk, run, walk
+from cassetta.kernels.types import NOTHING, Geometry, Prologue
+
+
+def conv_dgrad(
+    g: Tensor, w: Tensor, geometry: Geometry, size: tuple[int, ...], x: Tensor | None = None,
+    p: Prologue = NOTHING, centre: Tensor | None = None, after: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dz = layout.empty((g.shape[0], w.shape[1], *size), g.dtype, g.device)
+    if _is_scattered(geometry, w):
+        covered = tuple(n * s for n, s in zip(g.shape[2:], geometry.stride, strict=True))
+        if covered != tuple(size):  # what a stride leaves over at the end
+            dz.zero_()
+        steps = walk(dz, tuple(w.shape[2:]), geometry)
+        table, scatter = w.flatten(2).permute(2, 0, 1), True
+        steps = steps._replace(inp=steps.out)
+    else:
+        table, scatter = w.flatten(2).flip(2).permute(2, 0, 1), False
+        steps = _mirrored(walk(dz, tuple(w.shape[2:]), geometry))
+    sums, _ = run(
+        _product(dz, g, w, geometry), layout.in_words(g), NOTHING, layout.packed(table), None, dz,
+        steps, epilogue=p, image=x, centre=centre, after=after, scatter=scatter,
+    )  # fmt: skip
+    return dz, sums
+
+
+def conv_transposed(
+    x: Tensor, p: Prologue, w: Tensor, b: Tensor | None, geometry: Geometry,
+    epilogue: Prologue = NOTHING, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    size = tuple(n * s for n, s in zip(x.shape[2:], geometry.stride, strict=True))
+    y = layout.empty((x.shape[0], w.shape[1], *size), w.dtype, x.device)
+    steps, table = walk(y, tuple(w.shape[2:]), geometry), w.flatten(2).permute(2, 0, 1)
+    run(
+        _product(y, x, w, geometry), layout.in_words(x), p, layout.packed(table), b, y,
+        steps._replace(inp=steps.out), epilogue=epilogue, image=residual, scatter=True,
+    )  # fmt: skip
+    return y
+
+
+def _product(fine: Tensor, coarse: Tensor, w: Tensor, geometry: Geometry) -> Product:
+    return Product(
+        "conv_dgrad", tuple(fine.shape), coarse.shape[1], tuple(w.shape[2:]), geometry.stride,
+        geometry.dilation, w.dtype,
+    )  # fmt: skip
+
+
+def _is_scattered(geometry: Geometry, w: Tensor) -> bool:
+    return geometry.stride == tuple(w.shape[2:]) and max(geometry.stride) > 1
+
+
+def _mirrored(steps: Walk) -> Walk:
+    """The convolution of dy that the gradient is: what was read is written."""
+    inp, out, taps, stride, before, dilation = steps
+    spans = (d * (t - 1) for d, t in zip(dilation, taps, strict=True))
+    before = tuple(span - b for span, b in zip(spans, before, strict=True))
+    return Walk(out, inp, taps, stride, before, dilation)

@@ -1,0 +1,264 @@
+"""Convolution as an implicit GEMM, channels last: rows are voxels, columns channels.
+
+    y = act(s1 (z * w + b) + t1) s2 + t2 (+ residual)      the epilogue, and
+    mean, var = moments of act'(y) over the voxels         of what is stored
+
+Depth is taps x channels (arXiv:1410.0759): one flat loop, so that the loads of the next steps are
+under way while one is multiplied, over tap and channel at run time, so that one compilation serves
+all dilations, strides and sizes. A tap that lies outside the image reads zeros *after* the pending
+transform of x, if there is one: padding surrounds z, not x.
+
+The same kernel computes the gradient of the image (`conv_dgrad`: taps mirrored, channels
+exchanged) and, with SCATTER, what writes to one tap per voxel: transposed convolutions whose stride
+is their size. 2 N |Y| K C T operations; x is read T times, mostly from the L2 cache.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cassetta.kernels import configs, layout, reductions, tile
+from cassetta.kernels.configs import Product
+from cassetta.kernels.types import NOTHING, Activation, Geometry, Prologue
+
+_SIZES = [
+    "C", "C2", "K", "V", "X0", "X1", "X2", "Y1", "Y2", "Z1", "Z2", "T0", "T1", "T2", "s0", "s1",
+    "s2", "b0", "b1", "b2", "d0", "d1", "d2", "x_n", "x_v", "u_n", "u_v", "y_n", "y_v", "taps",
+    "outs", "tiles", "k_blocks", "size",
+]  # fmt: skip
+"""What is a number at run time, whatever it is."""
+
+
+@triton.jit
+def accumulate(
+    total, x_ptr, w_ptr, n, i0, i1, i2, inside, k, C, K, x_n, x_v, X0, X1, X2, T1, T2, taps,
+    d0, d1, d2, p_s1, p_t1, p_slope, p_s2, p_t2, p_p, p_q,
+    PRE: tl.constexpr, ACT: tl.constexpr, GUARD: tl.constexpr, BLOCK_K: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Add to `total` (BLOCK_M, BLOCK_N) the products of all taps, the first one at i0, i1, i2."""
+    channels, columns = tile.edge(C, True), tile.edge(K, True)
+    blocks = tl.cdiv(channels, BLOCK_K)
+    base = x_ptr + n * (x_n // 8 * 8)
+    step_v = x_v // 8 * 8
+    tap, block, t0, t1, t2 = 0, 0, 0, 0, 0
+    for _ in tl.range(0, taps * blocks, num_stages=STAGES):
+        a, b, e = i0 + t0 * d0, i1 + t1 * d1, i2 + t2 * d2
+        ok = inside & (a >= 0) & (a < X0) & (b >= 0) & (b < X1) & (e >= 0) & (e < X2)
+        c = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        v = (a * X1 + b) * X2 + e
+        if WIDE:
+            v = v.to(tl.int64)
+        there = ok[:, None] & (c < channels)[None, :]
+        x = tl.load(base + (v * step_v)[:, None] + c[None, :], mask=there, other=0.0)
+        if PRE:
+            u = tile.row(p_s1, n, c, C, 1.0) * x.to(tl.float32) + tile.row(p_t1, n, c, C, 0.0)
+            u = tile.activation(u, p_p, p_q, tile.row(p_slope, n, c, C, 0.0), ACT)
+            u = tile.row(p_s2, n, c, C, 1.0) * u + tile.row(p_t2, n, c, C, 0.0)
+            x = tl.where(ok[:, None] & (c < C)[None, :], u, 0.0).to(w_ptr.dtype.element_ty)
+        elif GUARD:
+            x = tl.where((c < C)[None, :], x, 0.0)
+        at = (tap * channels + c)[:, None] * columns + k[None, :]
+        there = (c < channels)[:, None] & (k < columns)[None, :]
+        w = tl.load(w_ptr + at, mask=there, other=0.0)
+        total = tl.dot(x, w, total, input_precision=PRECISION)
+        block += 1
+        wrap = (block == blocks).to(tl.int32)
+        block *= 1 - wrap
+        tap += wrap
+        t2 += wrap
+        wrap = (t2 == T2).to(tl.int32)
+        t2 *= 1 - wrap
+        t1 += wrap
+        wrap = (t1 == T1).to(tl.int32)
+        t1 *= 1 - wrap
+        t0 += wrap
+    return total
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _conv_kernel(
+    x_ptr, u_ptr, w_ptr, w2_ptr, b_ptr, y_ptr, r_ptr, p_s1, p_t1, p_slope, p_s2, p_t2, p_p, p_q,
+    e_s1, e_t1, e_slope, e_s2, e_t2, e_p, e_q, centre_ptr, out_ptr, mean_ptr, m2_ptr, m_p, m_q,
+    C, C2, K, V, X0, X1, X2, Y1, Y2, Z1, Z2, T0, T1, T2, s0, s1, s2, b0, b1, b2, d0, d1, d2,
+    x_n, x_v, u_n, u_v, y_n, y_v, r_n, r_c, r_v, taps, outs, tiles, k_blocks, size,
+    PRE: tl.constexpr, P_ACT: tl.constexpr, E_ACT: tl.constexpr, M_ACT: tl.constexpr,
+    SCATTER: tl.constexpr, AFTER: tl.constexpr, GUARD: tl.constexpr, GUARD2: tl.constexpr,
+    R_WORDS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    k = (program % k_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rest = program // k_blocks
+    tile_m, out = rest % tiles, rest // tiles % outs  # `out` is the tap that is written to
+    n = (rest // tiles // outs).to(tl.int64)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = m < V
+    y0, y1, y2 = m // Y2 // Y1, m // Y2 % Y1, m % Y2
+    i0, i1, i2 = y0 * s0 - b0, y1 * s1 - b1, y2 * s2 - b2
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    w_ptr += out * tile.edge(C, True) * tile.edge(K, True)
+    total = accumulate(
+        total, x_ptr, w_ptr, n, i0, i1, i2, inside, k, C, K, x_n, x_v, X0, X1, X2, T1, T2, taps,
+        d0, d1, d2, p_s1, p_t1, p_slope, p_s2, p_t2, p_p, p_q,
+        PRE, P_ACT, GUARD, BLOCK_K, WIDE, PRECISION, STAGES,
+    )  # fmt: skip
+    if u_ptr is not None:  # further channels, in another image
+        total = accumulate(
+            total, u_ptr, w2_ptr, n, i0, i1, i2, inside, k, C2, K, u_n, u_v, X0, X1, X2, T1, T2,
+            taps, d0, d1, d2, None, None, None, None, None, p_p, p_q,
+            False, P_ACT, GUARD2, BLOCK_K, WIDE, PRECISION, STAGES,
+        )  # fmt: skip
+    if b_ptr is not None:
+        total += tl.load(b_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+    v = m
+    if SCATTER:
+        v = ((y0 * T0 + out // (T1 * T2)) * Z1 + y1 * T1 + out // T2 % T1) * Z2
+        v += y2 * T2 + out % T2
+    known = inside[:, None] & (k < K)[None, :]
+    r = total
+    if r_ptr is not None:
+        r_in = inside[:, None] & (k < tile.edge(K, R_WORDS))[None, :]
+        r = tl.load(tile.at(r_ptr, n, v, k, r_n, r_c, r_v, WIDE, R_WORDS), mask=r_in, other=0.0)
+        r = r.to(tl.float32)
+    e_scale, e_shift = tile.row(e_s1, n, k, K, 1.0), tile.row(e_t1, n, k, K, 0.0)
+    slope = tile.row(e_slope, n, k, K, 0.0)
+    if out_ptr is None:
+        total = tile.activation(e_scale * total + e_shift, e_p, e_q, slope, E_ACT)
+        total = tile.row(e_s2, n, k, K, 1.0) * total + tile.row(e_t2, n, k, K, 0.0)
+        if r_ptr is not None:
+            total += r
+    y = total.to(y_ptr.dtype.element_ty)
+    there = inside[:, None] & (k < tile.edge(K, True))[None, :]
+    tl.store(tile.at(y_ptr, n, v, k, y_n, 1, y_v, WIDE, True), y, mask=there)
+    value = y.to(tl.float32)
+    chunk = (n * outs * tiles + out * tiles + tile_m) * K + k
+    if out_ptr is not None:  # of a gradient, the sums that the pending transform of r asks for
+        u = e_scale * r + e_shift
+        if AFTER:
+            h, b = value, tile.activation(u, e_p, e_q, slope, E_ACT)
+        else:
+            h = value * tile.row(e_s2, n, k, K, 1.0) * tile.derivative(u, e_p, e_q, slope, E_ACT)
+            b = r
+        h = tl.where(known, h, 0.0)
+        hb = tl.where(known, h * (b - tile.row(centre_ptr, n, k, K, 0.0)), 0.0)
+        tl.store(out_ptr + chunk, tl.sum(h, 0), mask=k < K)
+        tl.store(out_ptr + size + chunk, tl.sum(hb, 0), mask=k < K)
+    if mean_ptr is not None:
+        value = tile.activation(value, m_p, m_q, tl.zeros((1, BLOCK_N), tl.float32), M_ACT)
+        count = tl.sum(inside.to(tl.float32), 0)
+        mean = tl.sum(tl.where(inside[:, None], value, 0.0), 0) / count
+        apart = tl.where(inside[:, None], value - mean[None, :], 0.0)
+        tl.store(mean_ptr + chunk, mean, mask=k < K)
+        tl.store(m2_ptr + chunk, tl.sum(apart * apart, 0), mask=k < K)
+
+
+class Walk(NamedTuple):
+    """How the rows of a product walk over an image, in three dimensions: (size, ...) each."""
+
+    inp: tuple[int, ...]
+    out: tuple[int, ...]
+    taps: tuple[int, ...]
+    stride: tuple[int, ...]
+    before: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+
+def walk(x: Tensor, taps: tuple[int, ...], geometry: Geometry) -> Walk:
+    """That of a convolution of x (N, C, *X); 1-D and 2-D have axes of size 1."""
+    stride, padding, dilation, _ = geometry
+    inp = tuple(x.shape[2:])
+    out, before = geometry.size_of(inp, taps), tuple(pair[0] for pair in padding)
+    ones = {"inp": inp, "out": out, "taps": taps, "stride": stride, "dilation": dilation}
+    return Walk(before=lifted(before, 0), **{name: lifted(v, 1) for name, v in ones.items()})
+
+
+def lifted(sizes: tuple[int, ...], one: int) -> tuple[int, ...]:
+    """Three sizes, from those of 1 to 3 axes."""
+    return (*[one] * (3 - len(sizes)), *sizes)
+
+
+def conv_fprop(
+    x: Tensor, p: Prologue, w: Tensor, b: Tensor | None, geometry: Geometry,
+    x2: Tensor | None = None, epilogue: Prologue = NOTHING, residual: Tensor | None = None,
+    moments_of: Activation | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    steps = walk(x, tuple(w.shape[2:]), geometry)
+    shape = (x.shape[0], w.shape[0], *steps.out[3 - (x.ndim - 2) :])
+    y = layout.empty(shape, w.dtype, x.device)
+    c = x.shape[1]
+    packed = [layout.packed(part.flatten(2).permute(2, 1, 0)) for part in (w[:, :c], w[:, c:])]
+    x2 = None if x2 is None else layout.in_words(x2)
+    product = Product(
+        "conv_fprop", (x.shape[0], *w.shape[1:2], *x.shape[2:]), w.shape[0], tuple(w.shape[2:]),
+        geometry.stride, geometry.dilation, w.dtype,
+    )  # fmt: skip
+    found = run(
+        product, layout.in_words(x), p, packed[0], b, y, steps, x2=x2,
+        w2=None if x2 is None else packed[1], epilogue=epilogue, image=residual,
+        moments_of=moments_of,
+    )  # fmt: skip
+    return y, *found
+
+
+def run(
+    product: Product, x: Tensor, p: Prologue, w: Tensor, b: Tensor | None, y: Tensor, steps: Walk,
+    x2: Tensor | None = None, w2: Tensor | None = None, epilogue: Prologue = NOTHING,
+    image: Tensor | None = None, moments_of: Activation | None = None,
+    centre: Tensor | None = None, after: bool = False, scatter: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Start the kernel: y = x * w over `steps`; w (T, C, K) in whole words.
+
+    `image` is the residual; or, with `centre`, what `epilogue` is the pending transform of, and
+    then the sums that it asks for come back: (2, N, K), and nothing else. Otherwise the moments.
+    """
+    (n, c), k = x.shape[:2], y.shape[1]
+    voxels = steps.out[0] * steps.out[1] * steps.out[2]
+    taps = steps.taps[0] * steps.taps[1] * steps.taps[2]
+    outs, taps = (taps, 1) if scatter else (1, taps)
+    config = configs.gemm(product, n * outs, voxels, x.device)
+    tables: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
+    chunks = outs * config.tiles
+    sums = None if centre is None else torch.empty(2, n, chunks, k, **tables)
+    means, m2s = (
+        (None if moments_of is None else torch.empty(n, chunks, k, **tables)) for _ in range(2)
+    )
+    r_strides = (0, 0, 0)
+    if image is not None:
+        image, r_strides = tile.strided(image)
+    images = [one for one in (x, x2, y, image) if one is not None]
+    s1, t1, act, slope, s2, t2 = p
+    e1, f1, e_act, e_slope, e2, f2 = epilogue
+    m_act = moments_of or Activation()
+    inp, out, size, stride, before, dilation = steps
+    if scatter:
+        stride, before = (1, 1, 1), (0, 0, 0)
+    tile.launch(
+        _conv_kernel, x, config,
+        x, x2, w, w2, b, y, image, s1, t1, slope, s2, t2, act.p, act.q,
+        e1, f1, e_slope, e2, f2, e_act.p, e_act.q, centre, sums, means, m2s, m_act.p, m_act.q,
+        c, 0 if x2 is None else x2.shape[1], k, voxels, *inp, *out[1:],
+        *lifted(tuple(y.shape[2:]), 1)[1:], *size, *stride, *before, *dilation,
+        *voxel_steps(x), *((0, 0) if x2 is None else voxel_steps(x2)), *voxel_steps(y), *r_strides,
+        taps, outs, config.tiles, config.k_blocks, n * chunks * k,
+        PRE=not p.is_identity, P_ACT=act.name, E_ACT=e_act.name, M_ACT=m_act.name,
+        SCATTER=scatter, AFTER=after, GUARD=c % layout.WORD != 0,
+        GUARD2=x2 is not None and x2.shape[1] % layout.WORD != 0,
+        R_WORDS=image is not None and layout.is_in_words(image),
+        WIDE=tile.is_wide(*images), PRECISION=configs.precision(w.dtype),
+    )  # fmt: skip
+    if sums is not None:
+        return sums.sum(2), sums.new_empty(0)
+    if means is None or m2s is None:
+        return x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
+    mean, var = reductions.combine(means, m2s, voxels, config.block_m)
+    return mean, var
+
+
+def voxel_steps(x: Tensor) -> tuple[int, int]:
+    steps = layout.strides(x)
+    assert steps is not None
+    return steps[0], steps[2]

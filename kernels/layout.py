@@ -1,0 +1,79 @@
+"""How images lie in memory where convolutions read them: channels last, in words of 8 channels.
+
+Every voxel begins at a multiple of 8 channels, so that accesses are of 16 bytes: 21 channels are
+stored as 24. What is in the rest of the last word is undefined: whoever reads it drops it, and
+whoever writes it writes anything.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+WORD = 8
+
+
+def padded(channels: int) -> int:
+    """The number of channels that are stored."""
+    return -(-channels // WORD) * WORD
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """An uninitialized image (N, C, *X), channels last in whole words."""
+    n, c, *size = shape
+    return torch.empty(n, *size, padded(c), dtype=dtype, device=device)[..., :c].movedim(-1, 1)
+
+
+def like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """An uninitialized image of the shape of x and, where x has one, its layout."""
+    if is_padded(x):
+        return empty(tuple(x.shape), dtype, x.device)
+    return torch.empty_like(x, dtype=dtype)
+
+
+def is_padded(x: Tensor) -> bool:
+    """Whether x is channels last with words that are not full."""
+    c = x.shape[1]
+    steps = strides(x) if c % WORD and x.stride(1) == 1 else None
+    return steps is not None and steps[2] == padded(c)
+
+
+def strides(x: Tensor) -> tuple[int, int, int] | None:
+    """Strides of samples, channels and voxels; None if the voxels have no common stride."""
+    step = reach = None
+    for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
+        if size > 1:
+            if reach is not None and stride != reach:
+                return None
+            step = stride if step is None else step  # 0 for what was expanded, a gradient of a sum
+            reach = stride * size
+    return x.stride(0), x.stride(1), 1 if step is None else step
+
+
+def is_in_words(x: Tensor) -> bool:
+    """Whether each voxel's channels can be read in whole words, the last one included."""
+    n, c, *size = x.shape
+    steps = strides(x)
+    if steps is None or (c > 1 and steps[1] != 1) or x.data_ptr() % 16:
+        return False
+    sample, _, voxel = steps
+    many, voxels = n > 1, math.prod(size)
+    if (many and sample % WORD) or (voxels > 1 and (voxel % WORD or voxel < padded(c))):
+        return False
+    last = x.storage_offset() + many * (n - 1) * sample + (voxels - 1) * voxel * (voxels > 1)
+    return (last + padded(c)) * x.itemsize <= x.untyped_storage().nbytes()
+
+
+def in_words(x: Tensor) -> Tensor:
+    """The image itself if it can be read in whole words, or a copy that can."""
+    return x if is_in_words(x) else empty(tuple(x.shape), x.dtype, x.device).copy_(x)
+
+
+def packed(table: Tensor) -> Tensor:
+    """Weights (T, C, K) in whole words, with zeros around: (T, padded(C), padded(K))."""
+    t, c, k = table.shape
+    if c % WORD == 0 and k % WORD == 0:
+        return table.contiguous()
+    out = table.new_zeros(t, padded(c), padded(k))
+    out[:, :c, :k] = table
+    return out
