@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from cassetta.kernels import dispatch
+from cassetta.layers import ConvBlock, blocks
 from cassetta.measure import bench, cases, charts, correct, passes, peers, roofs, rows, stages
 from cassetta.measure.passes import in_memory
 
@@ -221,6 +222,37 @@ def test_on_a_gpu_every_engine_meets_every_peer():
     signal = peers.rivals(cases.find("unet1d"), gpu, "eager", peers.LAYOUTS)
     assert {r.layout for r in signal} == {"first"}
     assert [r.engine for r in passes.rivals(gpu, ["first"])] == ["library", "reference", "copy"]
+
+
+def test_an_engine_that_comes_later_is_a_row_and_runs(monkeypatch):
+    """By nothing but its name in the table of engines; and a wrong one is refused."""
+    ran = []
+
+    def gemm(block, x, layers):
+        ran.append(block)
+        out = block._plain(x, layers)
+        return out if len(ran) <= nb_right else blocks.Deferred(1.1 * out.raw)
+
+    monkeypatch.setitem(blocks.ENGINES, "gemm", gemm)
+    monkeypatch.setattr(dispatch, "why_no_triton", lambda: None)
+    monkeypatch.setattr(dispatch, "_why_no_kernel", lambda x: None)
+    make = lambda: ConvBlock(3, 5, 5, activation="SiLU", norm="instance")  # noqa: E731
+    case = cases.find("block-5-d1")._replace(make=make)  # smooth: no kink for rounding to flip
+    rivals = {r.engine: r for r in peers.rivals(case, torch.device("cuda"), "eager", ["first"])}
+    assert [*rivals] == ["auto", "library", "gemm", "reference", "eager"]
+    task = stages.Task(case, "forward+backward", torch.float32, CPU, small=True)
+    stage = stages.NetworkStage(task, ["first"], roofs.Roofs(1e10, 1e11))
+    nb_right = 1000
+    ready = stage.prepare(rivals["gemm"])
+    before = len(ran)
+    ready.run(1)
+    assert len(ran) == before + 1
+    stage.prepare(rivals["library"])
+    assert len(ran) == before + 1
+    nb_right = 0
+    with pytest.raises(stages.Wrong, match="its output is off by"):
+        stage.prepare(rivals["gemm"])
+    assert dispatch._forced is None
 
 
 def test_agreement_is_relative_to_plain_pytorch_in_the_same_dtype():

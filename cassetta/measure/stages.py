@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cassetta.kernels import dispatch
 from cassetta.measure import correct, passes, roofs, twins
 from cassetta.measure.cases import Case
 from cassetta.measure.passes import in_memory, tensors
@@ -87,7 +86,7 @@ class NetworkStage:
         ours = rival.role == "ours"
         parameters = [*(own if ours else module).parameters()]
         images = self.images[rival.layout]
-        with dispatch.use_backend(rival.backend):
+        with rival.asked():
             if ours:
                 found = correct.results(module, parameters, images[0], self.seed, self.task.dtype)
                 if why := correct.agrees(found, self.known[rival.layout]):
@@ -125,7 +124,7 @@ class NetworkStage:
             image = images[k % len(images)]
             if graphs:
                 torch.compiler.cudagraph_mark_step_begin()
-            with dispatch.use_backend(rival.backend):
+            with rival.asked():
                 if not self.backward:
                     with torch.no_grad(), correct.rounding(image.device, dtype):
                         module(image)
@@ -192,7 +191,7 @@ class PassStage:
         """
         work, what = self.work[rival.layout], self.task.what
         run = work.run(what, rival.engine)
-        with dispatch.use_backend(rival.backend):  # which says so where it cannot run
+        with rival.asked():  # which says so where it cannot run
             found = run(0)
         if rival.role == "ours":
             why = correct.agrees(tensors(found), work.expected(what))
