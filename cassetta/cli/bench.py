@@ -143,5 +143,5 @@ def _draw(console: Console, results: Path, folder: Path) -> None:
         raise CommandError(f"--out {error}") from error
     if not measured:
         raise CommandError(f"--out {results} holds no results: run `cassetta bench` first")
-    for path in charts.draw(measured, folder):
+    for path in charts.draw(measured, writable(folder, "--charts")):
         console.print(str(path), markup=False)

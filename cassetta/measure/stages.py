@@ -58,8 +58,7 @@ class NetworkStage:
         self.task = task
         self.backward = task.what != "inference"
         self.net = task.case.make().to(task.device).train(self.backward)
-        # what leaves a layer under autocast has its dtype; an image from a file is in float32
-        dtype = task.dtype if task.case.inner else torch.float32
+        dtype = task.case.image_dtype(task.dtype)
         nb = nb_inputs(math.prod(task.shape) * dtype.itemsize, task.device)
         images = [torch.randn(task.shape, device=task.device).to(dtype) for _ in range(nb)]
         wanted = self.backward and task.case.inner
