@@ -46,7 +46,7 @@ def test_rows_have_these_columns_and_say_what_they_rest_on(tmp_path):
     assert set(files) == {"block.csv", "pass.csv"}
     (path,) = tmp_path.glob("*/block.csv")
     assert path.read_text().splitlines()[0] == (
-        "case,pass,engine,dtype,layout,ms,p20,p80,peak_mib,kept_mib,gflop,roof_fraction,best_peer,"
+        "case,pass,engine,dtype,layout,ms,p20,p80,peak_mib,kept_mib,gflop,moved_mib,roof_fraction,best_peer,"
         "ratio_to_best_peer,error,gpu,driver,torch,triton,cudnn,commit,date"
     )
     for row in files["block.csv"] + files["pass.csv"]:
@@ -59,7 +59,15 @@ def test_rows_have_these_columns_and_say_what_they_rest_on(tmp_path):
         assert row["case"].endswith(" (small)")
     block = [(r["engine"], r["layout"]) for r in files["block.csv"][:4]]
     assert block == [(e, layout) for layout in peers.LAYOUTS for e in ("reference", "eager")]
-    assert all(r["gflop"] for r in files["block.csv"])
+    assert all(float(r["gflop"]) > 0 for r in files["block.csv"])
+    image = 5 * 16**3 * 4 / 2**20
+    touched = {"inference": 2, "forward+backward": 5, "step": 5}
+    for row in files["block.csv"]:
+        assert float(row["moved_mib"]) == pytest.approx(touched[row["pass"]] * image, rel=1e-4)
+    images = {
+        row["pass"]: float(row["moved_mib"]) for row in files["pass.csv"] if row["engine"] != "copy"
+    }
+    assert images["prologue_dgrad"] == pytest.approx(3 * 21 * 8**3 * 4 / 2**20, rel=1e-4)
     assert all(bool(r["kept_mib"]) == (r["pass"] != "inference") for r in files["block.csv"])
 
 
@@ -292,6 +300,20 @@ def test_files_of_another_version_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"old.csv has other columns than this version: move it"):
         rows.read([path])
     assert rows.read([tmp_path / "none.csv"]) == []
+
+
+@pytest.mark.parametrize("cut", [1, 4, 40])
+def test_a_row_that_was_cut_off_is_measured_again_and_spoils_no_other(tmp_path, cut):
+    one = plan(tmp_path, "block-5-d1", layouts=["first"])
+    run(one)
+    (path,) = tmp_path.glob("*/block.csv")
+    whole = path.read_text()
+    path.write_text(whole[:-cut])
+    assert [row["engine"] for row in rows.read([path])] == ["reference"]
+    assert len(run(one)[0]) == 1
+    assert [row["engine"] for row in rows.read([path])] == ["reference", "reference", "eager"]
+    assert len(charts.draw(rows.read([path]), tmp_path / "pictures")) > 0
+    assert run(one) == ([], True)
 
 
 def test_outside_of_git_the_source_has_a_fingerprint(monkeypatch):

@@ -68,6 +68,7 @@ class NetworkStage:
         }
         self.floor = roofs.floor(self.net, task.shape, task.what, task.dtype, best)
         self.flops = roofs.flops(self.net, task.shape, task.what, task.case.inner)
+        self.moved = roofs.moved(self.net, task.shape, task.what, task.dtype)
         self.seed = self._seed(images[0]) if self.backward else None
         self.seeds: dict[tuple[torch.dtype, str], Tensor] = {}
         self.known = self._expected(layouts)
@@ -97,7 +98,7 @@ class NetworkStage:
     def _columns(
         self, rival: Rival, run: Run, module: nn.Module, parameters: list[Any]
     ) -> dict[str, Any]:
-        columns: dict[str, Any] = {"gflop": self.flops / 1e9}
+        columns: dict[str, Any] = {"gflop": self.flops / 1e9, "moved_mib": self.moved / MIB}
         self._forget(rival, parameters)
         mode = mode_of(rival.engine)
         peak = peak_bytes(run, self.task.device)
@@ -196,7 +197,9 @@ class PassStage:
             why = correct.agrees(tensors(found), work.expected(what))
             if why:
                 raise Wrong(why)
+        moved = roofs.pass_moved("copy" if rival.role == "roof" else what, work.images[0])
+        columns = {"gflop": 0.0, "moved_mib": moved / MIB}  # torch counts no elementwise operation
         peak = peak_bytes(run, self.task.device)
-        name = "copy" if rival.role == "roof" else what
-        floor = roofs.pass_floor(name, work.images[0], self.best)
-        return Ready(run, floor, {} if peak is None else {"peak_mib": peak / MIB})
+        if peak is not None:
+            columns["peak_mib"] = peak / MIB
+        return Ready(run, 1000 * moved / self.best.bandwidth, columns)
