@@ -361,3 +361,39 @@ def test_kernels_that_cannot_run_say_so(monkeypatch):
     library = peers.Rival("library", "first", "ours", "triton", peers.as_it_is)
     with pytest.raises(dispatch.BackendError, match="cannot run: this is a test"):
         stage.prepare(library)
+
+
+@pytest.mark.parametrize("gpu", ["NVIDIA H100 80GB HBM3", "cpu: AMD EPYC 7763 64-Core Processor"])
+@pytest.mark.parametrize("count", [1, 64])
+def test_no_word_of_a_chart_is_cut_off_or_written_over(gpu, count):
+    """Ratios from far below to far above 1, few cases and all of them."""
+    backend = pytest.importorskip("matplotlib.backends.backend_agg")
+    ratios = (0.02, 0.996, 1.0, 3.0, 71.8)
+    names = cases.NAMES[:count]
+    speed = {
+        name: {what: ratios[(n + k) % 5] for k, what in enumerate(stages.PASSES)}
+        for n, name in enumerate(names)
+    }
+    memory = {name: {"kept": ratios[n % 5]} for n, name in enumerate(names)}
+    figures = [
+        charts._speed_figure(speed, f"{gpu}, bf16, max-autotune"),
+        charts._memory_figure(memory, f"{gpu}, bf16"),
+    ]
+    for figure in figures:
+        backend.FigureCanvasAgg(figure)
+        figure.tight_layout()
+        figure.draw_without_rendering()
+        panels = figure.axes
+        words = [figure._suptitle, *(one.title for one in panels)]
+        for one in panels:
+            left, right = one.get_xlim()
+            words += [tick.label1 for tick in one.xaxis.get_major_ticks()
+                      if left <= tick.get_loc() <= right]  # fmt: skip
+        words += panels[0].get_yticklabels()
+        words += [text for one in panels for text in one.texts]
+        boxes = [word.get_window_extent() for word in words if word.get_text()]
+        whole = figure.bbox
+        for n, box in enumerate(boxes):
+            assert whole.x0 <= box.x0 <= box.x1 <= whole.x1
+            assert whole.y0 <= box.y0 <= box.y1 <= whole.y1
+            assert not any(box.overlaps(other) for other in boxes[:n])
