@@ -20,11 +20,12 @@ check: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest bench -o python_files='bench_*.py' --benchmark-group-by=group \
-		--benchmark-columns=median,iqr,rounds --benchmark-sort=name
+		--benchmark-columns=median,iqr,rounds --benchmark-sort=name --benchmark-max-time=0.4
+	$(BIN)/python -m cassetta bench --budget $(BUDGET)
 
-# On a GPU, with the packages that PYTHON has, offline: both stop after BUDGET seconds, and go on where
-# they stopped when they are run again.
-BUDGET ?= 500
+# On a GPU, with the packages that PYTHON has, offline: both stop after BUDGET seconds, as does the
+# second half of `bench`, and go on where they stopped when they are run again.
+BUDGET ?= 400
 GPU_TESTS = tests/test_gpu.py tests/test_golden.py tests/test_passes.py tests/test_fused.py
 
 test-gpu:

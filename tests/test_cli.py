@@ -14,9 +14,11 @@ import pytest
 import torch
 
 import cassetta
-from cassetta.cli import COMMANDS, main
+from cassetta.cli import COMMANDS, main, model
 from cassetta.cli.patches import Sampler
 from cassetta.io import make_loadable
+from cassetta.kernels import dispatch, evidence
+from cassetta.measure import cases, roofs, stages
 from cassetta.models import SegNet
 
 TINY = ["--resolution", "6", "--patch", "6", "--steps", "4", "--batch", "2", "--device", "cpu"]
@@ -593,3 +595,79 @@ def test_bench_refuses(words, reason, tmp_path, monkeypatch, capsys):
     assert main(["bench", *words]) == 2
     assert reason in capsys.readouterr().err
     assert not [*tmp_path.iterdir()]
+
+
+def test_bench_says_which_folder_is_none(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main([*BENCH, "--out", str(tmp_path)]) == 0
+    capsys.readouterr()
+    line = ["bench", "--out", str(tmp_path), "--charts", str(tmp_path / "file")]
+    assert main(line) == 2
+    assert f"--charts {tmp_path / 'file'} cannot be made a folder" in capsys.readouterr().err
+
+
+@pytest.fixture
+def open_choice(monkeypatch):
+    """On this CPU too there is a choice, between plain PyTorch and the fused blocks on it."""
+    monkeypatch.setattr(dispatch, "_why_no_kernel", lambda x: None)
+
+
+TUNE = ["tune", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_tune_finds_what_bench_meets(open_choice, capsys, precision):
+    """The very blocks: image, precision, layout and use are in the key of a record."""
+    assert main([*TUNE, "--case", "block-5-d1", "--precision", precision]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "block-5-d1 1 x 5 x 16 x 16 x 16" in out.replace(",", "")
+    table = evidence.table(torch.device("cpu"))
+    assert f"kept in {table.path}" in out
+    assert json.loads(table.path.read_text())["about"] == table.about
+    case = cases.find("block-5-d1")
+    dtype = model.PRECISIONS[precision] or torch.float32
+    task = stages.Task(case, "forward+backward", dtype, torch.device("cpu"), small=True)
+    image = stages.NetworkStage(task, ["first"], roofs.Roofs(1e10, 1e11)).images["first"][0]
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        (row,) = cassetta.explain(case.make(), image)
+    assert row.evidence.startswith("measured here: ")
+    assert main([*TUNE, "--case", "block-5-d1", "--precision", precision]) == 0
+    assert row.evidence.split()[2] in capsys.readouterr().out
+
+
+def test_tune_takes_presets_backbones_and_files(open_choice, trained, capsys):
+    small = ["--size", "8", "--inference"]
+    for words in (["model5_gw_ae"], ["MeshNet", "--channels", "3", "--option", "nb_layers=2"],
+                  [str(trained / "weights.pt")]):  # fmt: skip
+        assert main([*TUNE, *words, *small]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith(f"{words[0]}, 1 x ")
+        assert "inference" in out
+        assert "reference" in out
+
+
+def test_tune_stops_and_goes_on(open_choice, monkeypatch, capsys):
+    line = [*TUNE, "MeshNet", "--channels", "3", "--size", "8"]
+    assert main([*line, "--budget", "1e-9"]) == 0
+    assert "blocks are left: tune again, to go on" in capsys.readouterr().out
+    assert main(line) == 0
+    assert "are left" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ([], "give a MODEL or --case, and not both"),
+        (["fedorov", "--case", "meshnet"], "give a MODEL or --case, and not both"),
+        (["--case", "mesnet"], "name='mesnet' is no case: 'meshnet' is one"),
+        (["mesnet"], "MODEL='mesnet' is unknown"),
+        (["fedorov", "--budget", "nan"], "--budget nan must be positive and finite"),
+        (["UNet", "--channels", "4", "--size", "3"], "inp has size (3, 3, 3), but 3 levels need"),
+        (["fedorov", "--size", "0"], "--size[0]=0 is too small"),
+        (["fedorov", "--device", "nowhere"], "--device nowhere cannot be used here"),
+    ],
+    ids=str,
+)
+def test_tune_refuses(words, reason, capsys):
+    assert main(["tune", *words]) == 2
+    assert reason in capsys.readouterr().err

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from cassetta.kernels import dispatch
+from cassetta.layers import ConvBlock, blocks
 from cassetta.measure import bench, cases, charts, correct, passes, peers, roofs, rows, stages
 from cassetta.measure.passes import in_memory
 
@@ -45,7 +46,7 @@ def test_rows_have_these_columns_and_say_what_they_rest_on(tmp_path):
     assert set(files) == {"block.csv", "pass.csv"}
     (path,) = tmp_path.glob("*/block.csv")
     assert path.read_text().splitlines()[0] == (
-        "case,pass,engine,dtype,layout,ms,p20,p80,peak_mib,kept_mib,gflop,roof_fraction,best_peer,"
+        "case,pass,engine,dtype,layout,ms,p20,p80,peak_mib,kept_mib,gflop,moved_mib,roof_fraction,best_peer,"
         "ratio_to_best_peer,error,gpu,driver,torch,triton,cudnn,commit,date"
     )
     for row in files["block.csv"] + files["pass.csv"]:
@@ -58,7 +59,15 @@ def test_rows_have_these_columns_and_say_what_they_rest_on(tmp_path):
         assert row["case"].endswith(" (small)")
     block = [(r["engine"], r["layout"]) for r in files["block.csv"][:4]]
     assert block == [(e, layout) for layout in peers.LAYOUTS for e in ("reference", "eager")]
-    assert all(r["gflop"] for r in files["block.csv"])
+    assert all(float(r["gflop"]) > 0 for r in files["block.csv"])
+    image = 5 * 16**3 * 4 / 2**20
+    touched = {"inference": 2, "forward+backward": 5, "step": 5}
+    for row in files["block.csv"]:
+        assert float(row["moved_mib"]) == pytest.approx(touched[row["pass"]] * image, rel=1e-4)
+    images = {
+        row["pass"]: float(row["moved_mib"]) for row in files["pass.csv"] if row["engine"] != "copy"
+    }
+    assert images["prologue_dgrad"] == pytest.approx(3 * 21 * 8**3 * 4 / 2**20, rel=1e-4)
     assert all(bool(r["kept_mib"]) == (r["pass"] != "inference") for r in files["block.csv"])
 
 
@@ -223,6 +232,37 @@ def test_on_a_gpu_every_engine_meets_every_peer():
     assert [r.engine for r in passes.rivals(gpu, ["first"])] == ["library", "reference", "copy"]
 
 
+def test_an_engine_that_comes_later_is_a_row_and_runs(monkeypatch):
+    """By nothing but its name in the table of engines; and a wrong one is refused."""
+    ran = []
+
+    def gemm(block, x, layers):
+        ran.append(block)
+        out = block._plain(x, layers)
+        return out if len(ran) <= nb_right else blocks.Deferred(1.1 * out.raw)
+
+    monkeypatch.setitem(blocks.ENGINES, "gemm", gemm)
+    monkeypatch.setattr(dispatch, "why_no_triton", lambda: None)
+    monkeypatch.setattr(dispatch, "_why_no_kernel", lambda x: None)
+    make = lambda: ConvBlock(3, 5, 5, activation="SiLU", norm="instance")  # noqa: E731
+    case = cases.find("block-5-d1")._replace(make=make)  # smooth: no kink for rounding to flip
+    rivals = {r.engine: r for r in peers.rivals(case, torch.device("cuda"), "eager", ["first"])}
+    assert [*rivals] == ["auto", "library", "gemm", "reference", "eager"]
+    task = stages.Task(case, "forward+backward", torch.float32, CPU, small=True)
+    stage = stages.NetworkStage(task, ["first"], roofs.Roofs(1e10, 1e11))
+    nb_right = 1000
+    ready = stage.prepare(rivals["gemm"])
+    before = len(ran)
+    ready.run(1)
+    assert len(ran) == before + 1
+    stage.prepare(rivals["library"])
+    assert len(ran) == before + 1
+    nb_right = 0
+    with pytest.raises(stages.Wrong, match="its output is off by"):
+        stage.prepare(rivals["gemm"])
+    assert dispatch._forced is None
+
+
 def test_agreement_is_relative_to_plain_pytorch_in_the_same_dtype():
     truth = [torch.tensor([1.0, 2.0]), torch.tensor([1.0]), torch.tensor([1e-9])]
     same = [truth[0] * 1.01, *truth[1:]]
@@ -260,6 +300,20 @@ def test_files_of_another_version_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"old.csv has other columns than this version: move it"):
         rows.read([path])
     assert rows.read([tmp_path / "none.csv"]) == []
+
+
+@pytest.mark.parametrize("cut", [1, 4, 40])
+def test_a_row_that_was_cut_off_is_measured_again_and_spoils_no_other(tmp_path, cut):
+    one = plan(tmp_path, "block-5-d1", layouts=["first"])
+    run(one)
+    (path,) = tmp_path.glob("*/block.csv")
+    whole = path.read_text()
+    path.write_text(whole[:-cut])
+    assert [row["engine"] for row in rows.read([path])] == ["reference"]
+    assert len(run(one)[0]) == 1
+    assert [row["engine"] for row in rows.read([path])] == ["reference", "reference", "eager"]
+    assert len(charts.draw(rows.read([path]), tmp_path / "pictures")) > 0
+    assert run(one) == ([], True)
 
 
 def test_outside_of_git_the_source_has_a_fingerprint(monkeypatch):
@@ -307,3 +361,39 @@ def test_kernels_that_cannot_run_say_so(monkeypatch):
     library = peers.Rival("library", "first", "ours", "triton", peers.as_it_is)
     with pytest.raises(dispatch.BackendError, match="cannot run: this is a test"):
         stage.prepare(library)
+
+
+@pytest.mark.parametrize("gpu", ["NVIDIA H100 80GB HBM3", "cpu: AMD EPYC 7763 64-Core Processor"])
+@pytest.mark.parametrize("count", [1, 64])
+def test_no_word_of_a_chart_is_cut_off_or_written_over(gpu, count):
+    """Ratios from far below to far above 1, few cases and all of them."""
+    backend = pytest.importorskip("matplotlib.backends.backend_agg")
+    ratios = (0.02, 0.996, 1.0, 3.0, 71.8)
+    names = cases.NAMES[:count]
+    speed = {
+        name: {what: ratios[(n + k) % 5] for k, what in enumerate(stages.PASSES)}
+        for n, name in enumerate(names)
+    }
+    memory = {name: {"kept": ratios[n % 5]} for n, name in enumerate(names)}
+    figures = [
+        charts._speed_figure(speed, f"{gpu}, bf16, max-autotune"),
+        charts._memory_figure(memory, f"{gpu}, bf16"),
+    ]
+    for figure in figures:
+        backend.FigureCanvasAgg(figure)
+        figure.tight_layout()
+        figure.draw_without_rendering()
+        panels = figure.axes
+        words = [figure._suptitle, *(one.title for one in panels)]
+        for one in panels:
+            left, right = one.get_xlim()
+            words += [tick.label1 for tick in one.xaxis.get_major_ticks()
+                      if left <= tick.get_loc() <= right]  # fmt: skip
+        words += panels[0].get_yticklabels()
+        words += [text for one in panels for text in one.texts]
+        boxes = [word.get_window_extent() for word in words if word.get_text()]
+        whole = figure.bbox
+        for n, box in enumerate(boxes):
+            assert whole.x0 <= box.x0 <= box.x1 <= whole.x1
+            assert whole.y0 <= box.y0 <= box.y1 <= whole.y1
+            assert not any(box.overlaps(other) for other in boxes[:n])

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+import cassetta
 from cassetta.backbones import MeshNet, UNet
+from cassetta.kernels import dispatch
 from cassetta.layers import ConvBlock
-from cassetta.measure import cases, twins
+from cassetta.measure import cases, timing, twins
 
 NETWORKS = [case.name for case in cases.select(["network"])]
 PARAMETERS = {
@@ -46,6 +48,18 @@ def test_a_network_and_its_twin(name):
     assert not any(type(m).__module__.startswith("cassetta.layers") for m in twin.modules())
     with torch.no_grad():
         torch.testing.assert_close(twin(image), out, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_predicted_to_be_kept_is_what_bench_measures(name):
+    """To the byte: `kept_mib` of every case, in plain PyTorch and fused."""
+    case = cases.find(name)
+    net, image = case.make(), torch.randn(case.small)
+    predicted = cassetta.summary(net, case.small)
+    plain = timing.kept_bytes(lambda: net(image), net.parameters())
+    with dispatch.fused_on_reference():
+        fused = timing.kept_bytes(lambda: net(image), net.parameters())
+    assert (predicted.kept_bytes, predicted.fused_bytes) == (plain, fused)
 
 
 def test_blocks_and_their_twins():

@@ -1,16 +1,18 @@
 """The tuner: the fastest engine that is right is chosen, kept, and told of; a wrong one never."""
 
+import contextlib
 import copy
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import cassetta
 from cassetta.backbones import MeshNet
-from cassetta.kernels import configs, dispatch, evidence
-from cassetta.layers import ConvBlock, blocks
-from cassetta.measure import tuning
+from cassetta.kernels import configs, dispatch, evidence, reference
+from cassetta.layers import ConvBlock, blocks, fusing
+from cassetta.measure import agreement, tuning
 from cassetta.measure.timing import Timing
 from cassetta.measure.tuning import tune
 
@@ -99,6 +101,76 @@ def test_an_engine_that_fails_is_refused(monkeypatch, open_choice):
     assert "fails" not in engines(net, image)
 
 
+def test_an_error_without_words_is_told_too(monkeypatch, open_choice):
+    def fails(block, x, layers):
+        raise AssertionError
+
+    add_engine(monkeypatch, "fails", fails)
+    assert "it fails (AssertionError:)" in tune(*net_and_image())[0].evidence
+
+
+def test_an_engine_that_comes_later_is_measured_too(monkeypatch, open_choice):
+    """What was measured without it no longer answers the question."""
+    times(monkeypatch, library=2.0, reference=1.5)
+    net, image = net_and_image()
+    assert {row.choice for row in tune(net, image)} == {"reference"}
+    add_engine(monkeypatch, "gemm", lambda block, x, layers: block._plain(x, layers))
+    times(monkeypatch, library=2.0, reference=1.5, gemm=1.0)
+    assert {(row.choice, row.is_new) for row in tune(net, image)} == {("gemm", True)}
+    assert engines(net, image) == {"gemm"}
+    assert {row.is_new for row in tune(net, image)} == {False}
+
+
+def zeros_where_large(conv):
+    """As cuDNN did: nothing is computed of a sample that 32 bits do not count."""
+
+    def convolved(x, w, *rest):
+        out = conv(x, w, *rest)
+        return out if x[0].numel() < reference.LARGEST else 0 * out
+
+    return convolved
+
+
+def test_samples_too_large_for_cudnn_are_judged_in_slabs(monkeypatch, open_choice):
+    """As if 2^31 were 200, and 2^27 were 50: an engine that trusts cuDNN there is refused."""
+
+    def whole(block, x, layers):
+        conv = block.conv
+        padding = [before for before, _ in conv.geometry.padding]
+        out = reference._CONV[2](x.z(), conv.weight, conv.bias, 1, padding)
+        return blocks.Deferred(layers["a"](out))
+
+    pieces = []
+    largest = agreement._largest
+    monkeypatch.setattr(reference, "LARGEST", 200)
+    monkeypatch.setitem(reference._CONV, 2, zeros_where_large(reference._CONV[2]))
+    monkeypatch.setattr(agreement, "SLAB", 50)
+    monkeypatch.setattr(
+        agreement, "_largest", lambda one: pieces.append(one.numel()) or largest(one)
+    )
+    add_engine(monkeypatch, "whole", whole)
+    times(monkeypatch, whole=0.001, library=0.5)
+    block = ConvBlock(2, 4, 4, activation="SiLU")
+    found = {size: tune(block, torch.randn(2, 4, size, 9)) for size in (5, 20)}
+    assert [row.choice for row in found[5]] == ["whole"]
+    assert [row.choice for row in found[20]] == ["library"]
+    assert "whole refused: its output is off by 1 of its size" in found[20][0].evidence
+    # one row at a time, of which there are 20: output and gradient, of the engine and its judge
+    assert pieces.count(2 * 4 * 9) >= 20 * 2 * 2
+
+
+@pytest.mark.parametrize("place", [(0, 0, 0, 0), (1, 3, 19, 8)])
+def test_no_voxel_escapes_the_slabs(monkeypatch, place):
+    monkeypatch.setattr(agreement, "SLAB", 50)
+    right = torch.randn(2, 4, 20, 9)
+    wrong = right.clone()
+    wrong[place] += 9
+    steps = [agreement.Step(("output",), (one,)) for one in (wrong, right, right)]
+    for deep in (False, True):
+        assert "its output is off by" in agreement.judge(*steps, deep=deep)
+        assert agreement.judge(*steps[1:], steps[1], deep=deep) is None
+
+
 def test_a_right_engine_is_really_timed(monkeypatch, open_choice):
     """No pretended times: one that sleeps loses, and one that does less wins."""
 
@@ -177,6 +249,91 @@ def test_out_of_memory_is_told_and_nothing_is_kept(monkeypatch, open_choice):
     assert row.choice == ""
     assert "out of memory" in row.evidence
     assert engines(net, image) == {"library"}
+
+
+def test_without_memory_for_an_engine_it_is_not_called_wrong(monkeypatch, open_choice):
+    def full(block, x, layers):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+
+    add_engine(monkeypatch, "full", full)
+    net, image = net_and_image()
+    for row in tune(net, image):
+        assert (row.choice, row.is_new) == ("", False)
+        assert evidence.table(image.device).find(row.key) is None
+
+
+STOPS = {
+    "Ctrl-C": KeyboardInterrupt,
+    "an error": RuntimeError,
+    "out of memory": torch.OutOfMemoryError,
+}
+
+
+@pytest.mark.parametrize("where", ["the model", "an engine", "the judge", "the clock"])
+@pytest.mark.parametrize("what", STOPS)
+def test_nothing_of_the_network_changes_when_it_stops_midway(monkeypatch, open_choice, what, where):
+    def stops(real, at):
+        calls = iter(range(10**9))
+
+        def run(*args, **options):
+            if next(calls) == at:
+                raise STOPS[what]("stopped")
+            return real(*args, **options)
+
+        return run
+
+    net = MeshNet(2, 4, nb_layers=3, nb_conv_per_layer=1, norm="batch", dropout=0.3)
+    image = torch.randn(2, 4, 9, 8)
+    net(image).sum().backward()
+    net[1].eval().requires_grad_(False)
+    before, random = everything(net), torch.get_rng_state()
+    if where == "the model":
+        norm = net[2][0].norm
+        monkeypatch.setattr(norm, "forward", stops(norm.forward, 0))
+    elif where == "an engine":
+        monkeypatch.setitem(blocks.ENGINES, "library", stops(ConvBlock._fused, 4))
+    elif where == "the judge":
+        monkeypatch.setattr(agreement, "judge", stops(agreement.judge, 1))
+    else:
+        monkeypatch.setattr(tuning, "interleaved", stops(tuning.interleaved, 1))
+    with contextlib.suppress(*STOPS.values()):
+        tune(net, image)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.is_grad_enabled()
+    assert (dispatch._forced, configs._asked, fusing._listener.log) == (None, None, None)
+    for one, other in zip(everything(net), before, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def everything(net):
+    """What a network holds, as tensors: numbers, gradients, modes, what asks for a gradient."""
+    tensors = [tensor.clone() for tensor in net.state_dict().values()]
+    tensors += [p.grad.clone() for p in net.parameters()]
+    flags = [m.training for m in net.modules()], [p.requires_grad for p in net.parameters()]
+    return [*tensors, *map(torch.tensor, flags)]
+
+
+def test_a_pass_without_a_right_plan_refuses_its_engine(monkeypatch, kernels):
+    """Each plan fails or is wrong: plain PyTorch is left, and the tuning goes on."""
+    monkeypatch.setattr(dispatch, "SMALL", 0)
+    monkeypatch.setattr(dispatch, "_why_no_kernel", lambda x: None)
+    monkeypatch.setattr(dispatch, "_requested", None)
+    times(monkeypatch, library=0.1)
+    right = dispatch._triton_passes()
+
+    def moments(x, p):
+        if configs._forced == configs.PLANS[0]:
+            raise RuntimeError("out of shared memory")
+        mean, var = right.moments(x, p)
+        return (mean + 1, var) if configs._forced else (mean, var)
+
+    wrong = SimpleNamespace(**{**vars(right), "moments": moments})
+    monkeypatch.setattr(dispatch, "_triton_passes", lambda: wrong)
+    block = ConvBlock(2, 4, 4, norm="instance", order="cndax").to(kernels)
+    row = tune(block, torch.randn(1, 4, 6, 5, device=kernels))[-1]
+    assert row.choice == "reference"
+    assert "library refused: no plan of moments is right" in row.evidence
+    assert "it fails (RuntimeError: out of shared memory)" in row.evidence
 
 
 def test_plans_of_passes_are_measured_and_used(monkeypatch, kernels):

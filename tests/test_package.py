@@ -1,6 +1,7 @@
 """The package as others meet it: installed from its wheel, imported, and read."""
 
 import ast
+import importlib.util
 import os
 import re
 import subprocess
@@ -162,4 +163,14 @@ def test_the_wheel_installed_works_from_another_folder(wheel, tmp_path):
     out = python(bin_ / "python", "-c", code, cwd=tmp_path)
     assert str(Path(site) / "cassetta") in out
     assert "torch.Size([2, 3, 4, 4])" in out
-    assert "triton" in python(bin_ / "python", "-m", "cassetta", "doctor", cwd=tmp_path)
+    line = [bin_ / "python", "-m", "cassetta"]
+    assert "triton" in python(*line, "doctor", cwd=tmp_path)
+    assert "meshnet" in python(*line, "bench", "--list", cwd=tmp_path)
+    words = ["bench", "--case", "block-5-d1", "--pass", "inference", "--small"]
+    assert "1 groups of rows measured now" in python(*line, *words, cwd=tmp_path)
+    assert len([*tmp_path.glob("*/block.csv")]) == 1
+    if importlib.util.find_spec("triton"):
+        words = ["check", "--budget", "1"]
+        found = python(*line, *words, cwd=tmp_path, TRITON_INTERPRET="1")
+        assert " at fault" in found
+        assert ", 0 at fault" in found

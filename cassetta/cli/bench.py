@@ -19,6 +19,7 @@ from cassetta.measure import bench, cases, charts, peers, rows
 
 RESULTS = Path("bench/results")
 SHOWN = ("engine", "layout", "ms", "p20", "p80", "peak_mib", "kept_mib", "roof_fraction")
+COST = "{gflop} GFLOP, at least {moved_mib} MiB to move"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +110,8 @@ def _measure(console: Console, plan: bench.Plan) -> None:
 
 
 def _table(group: bench.Group, found: list[rows.Row]) -> Table:
-    table = Table(title=f"\n{group.title}", title_justify="left", box=None, pad_edge=False)
+    cost = next((f": {COST.format(**row)}" for row in found if row["gflop"]), "")
+    table = Table(title=f"\n{group.title}{cost}", title_justify="left", box=None, pad_edge=False)
     for name in SHOWN:
         justify = "left" if name in ("engine", "layout") else "right"
         table.add_column(name.replace("_mib", " MiB").replace("_", " "), justify=justify)
@@ -143,5 +145,5 @@ def _draw(console: Console, results: Path, folder: Path) -> None:
         raise CommandError(f"--out {error}") from error
     if not measured:
         raise CommandError(f"--out {results} holds no results: run `cassetta bench` first")
-    for path in charts.draw(measured, folder):
+    for path in charts.draw(measured, writable(folder, "--charts")):
         console.print(str(path), markup=False)

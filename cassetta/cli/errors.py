@@ -21,12 +21,12 @@ def need(name: str) -> ModuleType:
         ) from error
 
 
-def writable(folder: Path) -> Path:
-    """The folder, made if need be, once it is sure that files can be written there."""
+def writable(folder: Path, name: str = "--out") -> Path:
+    """The folder that `name` asks for, made if need be, once files can surely be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CommandError(f"--out {folder} cannot be made a folder: {error.strerror}") from error
+        raise CommandError(f"{name} {folder} cannot be made a folder: {error.strerror}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise CommandError(f"--out {folder} cannot be written to: choose another folder")
+        raise CommandError(f"{name} {folder} cannot be written to: choose another folder")
     return folder

@@ -46,14 +46,16 @@ def run(arguments: argparse.Namespace) -> int:
     device = network.device(arguments.device)
     console = Console(soft_wrap=True, highlight=False)
     autocast = model.PRECISIONS[arguments.precision]
-    for name, net, shape in _networks(arguments, device):
+    for name, net, shape, dtype in _networks(arguments, device):
         net.train(not arguments.inference)
-        image = torch.randn(shape, device=device)
+        image = torch.randn(shape, device=device).to(dtype)
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
             left = budget - (time.monotonic() - start)
-            found = tune(
-                net, image, budget=left, again=arguments.again, progress=sys.stderr.isatty()
-            )
+            options = {"budget": left, "again": arguments.again, "progress": sys.stderr.isatty()}
+            try:
+                found = tune(net, image, **options)
+            except (TypeError, ValueError) as error:  # an image that the network refuses
+                raise CommandError(str(error).splitlines()[0]) from error
         console.print(f"[bold]{name}[/], {' x '.join(map(str, shape))}")
         console.print(str(found), markup=False)
         if not found.is_complete:
@@ -64,10 +66,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _networks(arguments: argparse.Namespace, device: torch.device) -> Iterator[Any]:
-    """Name, network and shape of what is to be tuned, one after the other."""
+    """Name, network, shape and dtype of the image of what is to be tuned, one after the other."""
     if arguments.model:
         net, shape = model.build(arguments, device)
-        yield arguments.model, net.to(device), shape
+        yield arguments.model, net.to(device), shape, torch.float32
         return
     try:
         chosen = cases.select(arguments.case)
@@ -75,4 +77,5 @@ def _networks(arguments: argparse.Namespace, device: torch.device) -> Iterator[A
         raise CommandError(f"--case {error}") from error
     for case in chosen:
         shape = case.shape if device.type == "cuda" else case.small
-        yield case.name, case.make().to(device), shape
+        dtype = case.image_dtype(model.PRECISIONS[arguments.precision] or torch.float32)
+        yield case.name, case.make().to(device), shape, dtype

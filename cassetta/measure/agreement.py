@@ -10,8 +10,10 @@ one scale: of five numbers PyTorch's own error says little, and of one that is z
 of a bias before a norm) nothing but rounding is left.
 
 In a deep network in half precision the largest error is chance; there the Euclidean norm of the
-error counts, and all
-gradients are one vector.
+error counts, and all gradients are one vector.
+
+Where a sample has 2^31 elements or more, plain PyTorch itself convolves in slabs
+(`kernels.reference`), because cuDNN is no truth there; and what is compared is so everywhere.
 """
 
 import contextlib
@@ -35,6 +37,8 @@ EXACT = 2**24
 """Images of up to so many elements are judged by float64, larger ones by float32: it is no more
 exact than the sums that it judges, but those of a large image are not judged in its last digits."""
 
+SLAB = 2**27
+"""Elements that are compared at a time, along the first spatial axis."""
 
 IMAGE = "gradient of the image"
 
@@ -94,15 +98,24 @@ def disagreement(
     dtype = torch.float32 if training and _drops(net) else higher(image)
     devices = [image.device] if image.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        try:
-            ours = step(copy.deepcopy(net), image, training, engine)
-        except Exception as error:  # whatever is wrong with it
-            return f"it fails ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+        ours = attempt(lambda: step(copy.deepcopy(net), image, training, engine))
+        if isinstance(ours, str):
+            return ours
         same = step(copy.deepcopy(net), image, training, "reference")
         with _exactly(image.device.type):
             precise = copy.deepcopy(net).to(dtype)
             truth = step(precise, image.to(dtype), training, "reference")
     return judge(ours, same, truth, deep)
+
+
+def attempt(run: Callable[[], Step]) -> Step | str:
+    """What comes of a run, or how it fails, as a sentence; want of memory is not its fault."""
+    try:
+        return run()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever is wrong with it
+        return f"it fails ({' '.join(f'{type(error).__name__}: {error}'.split())[:200]})"
 
 
 def _drops(net: nn.Module) -> bool:
@@ -204,10 +217,10 @@ def _summed(ours: Step, same: Step, truth: Step) -> dict[str, tuple[float, float
 
 
 def _apart(one: Step, truth: Step, size: Callable[[Tensor], float]) -> list[float]:
-    """How far each tensor is from the truth, in slices: no copy of the whole."""
+    """How far each tensor is from the truth, in slabs: no copy of the whole."""
     found = []
     for tensor, expected in zip(one.tensors, truth.tensors, strict=True):
-        axis, pieces = (2 if tensor.ndim > 2 else 0), max(1, tensor.numel() // 2**27)
+        axis, pieces = (2 if tensor.ndim > 2 else 0), max(1, -(-tensor.numel() // SLAB))
         pairs = zip(tensor.chunk(pieces, axis), expected.chunk(pieces, axis), strict=True)
         parts = [size(a.to(b.dtype) - b) for a, b in pairs]
         found.append(size(torch.tensor(parts, dtype=torch.float64)))

@@ -6,6 +6,7 @@ from functools import partial
 from itertools import pairwise, product
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from cassetta.backbones import ATrousNet, MeshNet, UNet
@@ -30,6 +31,10 @@ class Case(NamedTuple):
     def ndim(self) -> int:
         """Number of spatial dimensions."""
         return len(self.shape) - 2
+
+    def image_dtype(self, rounded: torch.dtype) -> torch.dtype:
+        """That of the image under autocast to `rounded`; an image from a file is in float32."""
+        return rounded if self.inner else torch.float32
 
 
 GROUPS = ("network", "block", "pass")

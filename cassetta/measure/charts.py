@@ -15,6 +15,7 @@ from cassetta.measure.rows import Row
 from cassetta.measure.stages import PASSES
 
 INK, FAINT, PAPER = "#1d2129", "#8a919e", "#ffffff"
+_TICKS = {4: (1, 1.25, 1.5, 2, 3, 5, 7.5), 50: (1, 2, 5), float("inf"): (1,)}  # by the range
 FASTER, SLOWER, KEPT, PEAK = "#1b9e8a", "#d1626f", "#3f6fb5", "#9db8de"
 
 
@@ -100,7 +101,8 @@ def _speed_figure(speed: dict[str, dict[str, float]], title: str) -> Any:
     for one, what in zip(axes, whats, strict=True):
         for n, own in enumerate(speed.values()):
             if what in own:
-                _bar(one, n, own[what], FASTER if own[what] >= 1 else SLOWER, 0.7, "×")
+                value = round(own[what], 2)  # what is shown as 1.00 is no slower
+                _bar(one, n, value, FASTER if value >= 1 else SLOWER, "×")
         one.set_title(what, color=INK, fontsize=11)
         _dress(one, list(speed), "speed against the best peer (more is better)")
     return figure
@@ -113,7 +115,7 @@ def _memory_figure(memory: dict[str, dict[str, float]], title: str) -> Any:
     for one, name in zip(axes, names, strict=True):
         for n, own in enumerate(memory.values()):
             if name in own:
-                _bar(one, n, own[name], KEPT if name == "kept" else PEAK, 0.7, "")
+                _bar(one, n, own[name], KEPT if name == "kept" else PEAK, "")
         one.set_title(titles[name], color=INK, fontsize=11)
         _dress(one, list(memory), "memory, plain PyTorch being 1 (less is better)")
     return figure
@@ -121,24 +123,35 @@ def _memory_figure(memory: dict[str, dict[str, float]], title: str) -> Any:
 
 def _figure(columns: int, bars: int, title: str) -> tuple[Any, Any]:
     """Panels side by side that share their cases, the first at the top."""
+    if title.startswith("cpu"):
+        title += "\ntiny images on a CPU, which say nothing about GPUs"
     figure = importlib.import_module("matplotlib.figure").Figure(facecolor=PAPER)
-    figure.set_size_inches(2.2 + 4.2 * columns, 1.6 + 0.3 * bars)
+    height = 1.6 + 0.3 * bars
+    figure.set_size_inches(2.2 + 4.2 * columns, height)
     axes = figure.subplots(1, columns, sharey=True, squeeze=False)[0]
-    figure.suptitle(title, color=INK, fontsize=12, x=0.02, ha="left")
+    figure.suptitle(title, color=INK, fontsize=12, x=0.02, y=1 - 0.1 / height, ha="left", va="top")
     return figure, axes
 
 
-def _bar(axes: Any, n: int, value: float, color: str, height: float, unit: str) -> None:
-    axes.barh(n, value, color=color, height=height)
-    behind = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.5}  # it may lie on the line
-    axes.text(value, n, f" {value:.2f}{unit}", va="center", color=INK, fontsize=9, bbox=behind)
+def _bar(axes: Any, n: int, value: float, color: str, unit: str) -> None:
+    """From 1 to the value, as far for twice as for half; the number on its right."""
+    axes.barh(n, value - 1, left=1, color=color, height=0.7)
+    place: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+    axes.annotate(f"{value:.2f}{unit}", (max(value, 1), n), **place, color=INK, fontsize=9)
 
 
 def _dress(axes: Any, cases: list[str], label: str) -> None:
-    axes.axvline(1, color=INK, lw=1, ls=(0, (4, 3)))
+    axes.axvline(1, color=INK, lw=1)
     axes.set_yticks(range(len(cases)), cases, color=INK, fontsize=9)
     axes.set_ylim(len(cases) - 0.4, -0.6)
-    axes.set_xlim(0, max(1.2, 1.15 * axes.dataLim.x1))
+    least, most = min(0.8, axes.dataLim.x0), max(1.25, axes.dataLim.x1)
+    axes.set_xscale("log")
+    axes.set_xlim(least / 1.1, most * (most / least) ** 0.2)  # with room for the last number
+    ticker = importlib.import_module("matplotlib.ticker")
+    subs = next(subs for beyond, subs in _TICKS.items() if most / least < beyond)
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=subs))
+    axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.set_xlabel(label, color=INK, fontsize=9)
     axes.tick_params(colors=FAINT, labelcolor=INK, labelsize=9)
     for side, spine in axes.spines.items():

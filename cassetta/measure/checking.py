@@ -53,13 +53,15 @@ def _check_passes(
     work = agreement.Work.drawn(images, Activation(name, *_CONSTANTS.get(name, (0.0, 0.0))))
     for one in agreement.PASSES:
         case = f"{_case(dtype, shape, last)}, {name}"
-        try:
-            ours = work.step(dispatch.passes(work.x), one)
-        except Exception as error:  # whatever is wrong with it is what is asked for
-            yield Checked(one, case, f"it fails ({type(error).__name__}: {error})")
-            continue
-        truth = work.to(torch.float64).step(reference, one)
-        yield Checked(one, case, agreement.judge(ours, work.step(reference, one), truth))
+        yield Checked(one, case, _wrong_pass(work, one))
+
+
+def _wrong_pass(work: agreement.Work, name: str) -> str | None:
+    ours = agreement.attempt(lambda: work.step(dispatch.passes(work.x), name))
+    if isinstance(ours, str):
+        return ours
+    truth = work.to(torch.float64).step(reference, name)
+    return agreement.judge(ours, work.step(reference, name), truth)
 
 
 def _wrong(net: nn.Module, image: Tensor, deep: bool) -> str | None:

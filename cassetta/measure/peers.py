@@ -1,10 +1,11 @@
 """Who runs a case: our engines, and their rivals, like with like.
 
-In the mode "eager", our network under each backend meets plain PyTorch (`twins`) and other packages
+In the mode "eager", our network under each engine meets plain PyTorch (`twins`) and other packages
 where these have the same network; in the modes "compiled" and "max-autotune" (`torch.compile`, the
 latter with CUDA graphs), our network compiled meets its plain twin compiled.
 """
 
+import contextlib
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -12,13 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from cassetta.kernels import dispatch
+from cassetta.layers.blocks import ENGINES
 from cassetta.measure import roofs, twins
 from cassetta.measure.cases import Case
 
 MODES = ("eager", "compiled", "max-autotune")
 LAYOUTS = ("first", "last")  # of the channels
 _COMPILE = {"compiled": "default", "max-autotune": "max-autotune"}
-_BACKENDS = {"auto": "auto", "library": "triton", "reference": "reference"}
 
 
 class Rival(NamedTuple):
@@ -29,11 +31,19 @@ class Rival(NamedTuple):
     role: str  # "ours", "peer"; or "roof", which computes something else
     backend: str  # that our modules are to ask for
     build: Callable[[nn.Module], nn.Module]  # from a copy of our network
+    forced: str | None = None  # the engine of every block that it can run
 
     @property
     def label(self) -> str:
         """How it is called in words."""
         return f"{self.engine}, channels {self.layout}"
+
+    @contextlib.contextmanager
+    def asked(self) -> Iterator[None]:
+        """What runs in this block of code is run as this rival would."""
+        forced = dispatch.use_engine(self.forced) if self.forced else contextlib.nullcontext()
+        with dispatch.use_backend(self.backend), forced:
+            yield
 
 
 def rivals(case: Case, device: torch.device, mode: str, layouts: Sequence[str]) -> list[Rival]:
@@ -51,12 +61,19 @@ def _rivals(case: Case, device: torch.device, mode: str, layout: str) -> Iterato
         yield Rival(f"auto {mode}", layout, "ours", "auto", compiled)
         yield Rival(mode, layout, "peer", "reference", lambda net: compiled(twins.plain(net)))
         return
-    on_gpu = device.type == "cuda"
-    for engine in _BACKENDS if on_gpu else ("reference",):
-        yield Rival(engine, layout, "ours", _BACKENDS[engine], as_it_is)
+    yield from _engines(layout, device.type == "cuda")
     yield Rival("eager", layout, "peer", "reference", twins.plain)
     for engine, build in _OTHERS.get(case.name, {}).items():
         yield Rival(engine, layout, "peer", "reference", _same_work(build, case, layout))
+
+
+def _engines(layout: str, on_gpu: bool) -> Iterator[Rival]:
+    """Our network by the engine that is chosen for each block, and by each one that there is."""
+    if on_gpu:
+        yield Rival("auto", layout, "ours", "auto", as_it_is)
+        for engine in (name for name in ENGINES if name != "reference"):
+            yield Rival(engine, layout, "ours", "triton", as_it_is, engine)
+    yield Rival("reference", layout, "ours", "reference", as_it_is)
 
 
 def as_it_is(net: nn.Module) -> nn.Module:

@@ -8,12 +8,13 @@ gradient that arrives are read, and the one that leaves is written.
 
 import copy
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from cassetta.costs import summary
+from cassetta.costs import Row, summary
 from cassetta.measure.timing import interleaved
 
 _TOUCHED = {"inference": 2, "forward+backward": 5, "step": 5}  # images that a block moves
@@ -34,10 +35,12 @@ class Roofs(NamedTuple):
 def roofs(device: torch.device, dtype: torch.dtype) -> Roofs:
     """Copy bandwidth, and the rate of a matrix product in this dtype, measured once per process.
 
+    The fastest fifth of the rounds counts: a ceiling is what the machine can do undisturbed.
+
     In float32 the product may round as torch lets convolutions round (TF32).
     """
     big = device.type == "cuda"
-    n, edge = (2**28, 8192) if big else (2**24, 1024)
+    n, edge = (2**28, 8192) if big else (2**24, 2048)
     source = [torch.randn(n, device=device) for _ in range(3)]
     target = torch.empty_like(source[0])
     a, b = (torch.randn(edge, edge, device=device).to(dtype) for _ in range(2))
@@ -48,7 +51,7 @@ def roofs(device: torch.device, dtype: torch.dtype) -> Roofs:
         found = interleaved(runs, device)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
-    seconds = {name: timing.ms / 1000 for name, timing in found.items()}
+    seconds = {name: timing.p20 / 1000 for name, timing in found.items()}
     return Roofs(2 * target.nbytes / seconds["copy"], 2 * edge**3 / seconds["product"])
 
 
@@ -84,12 +87,19 @@ def floor(
     total = 0.0
     for row in summary(net, shape):
         computing = _REPEATED[what] * row.flops / best.rate
-        numbers = torch.Size(row.shape).numel() if row.shape else 0
-        moving = _TOUCHED[what] * numbers * dtype.itemsize / best.bandwidth
-        total += max(computing, moving)
+        total += max(computing, _moved(row, what, dtype) / best.bandwidth)
     return 1000 * total
 
 
-def pass_floor(name: str, x: Any, best: Roofs) -> float:
-    """Milliseconds that a pass over an image takes at the bandwidth of a copy."""
-    return 1000 * PASSES[name] * x.nbytes / best.bandwidth
+def moved(net: nn.Module, shape: tuple[int, ...], what: str, dtype: torch.dtype) -> int:
+    """The fewest bytes that a run of this network reads and writes, block by block."""
+    return sum(_moved(row, what, dtype) for row in summary(net, shape))
+
+
+def _moved(row: Row, what: str, dtype: torch.dtype) -> int:
+    return _TOUCHED[what] * math.prod(row.shape) * dtype.itemsize if row.shape else 0
+
+
+def pass_moved(name: str, x: Any) -> int:
+    """Bytes that a pass over an image reads and writes."""
+    return PASSES[name] * x.nbytes

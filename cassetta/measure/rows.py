@@ -4,6 +4,7 @@ import csv
 import functools
 import hashlib
 import importlib.metadata
+import io
 import platform
 import re
 import subprocess
@@ -18,8 +19,8 @@ import cassetta
 
 COLUMNS = (
     "case", "pass", "engine", "dtype", "layout", "ms", "p20", "p80", "peak_mib", "kept_mib",
-    "gflop", "roof_fraction", "best_peer", "ratio_to_best_peer", "error", "gpu", "driver", "torch",
-    "triton", "cudnn", "commit", "date",
+    "gflop", "moved_mib", "roof_fraction", "best_peer", "ratio_to_best_peer", "error", "gpu",
+    "driver", "torch", "triton", "cudnn", "commit", "date",
 )  # fmt: skip
 
 _SAME = ("gpu", "torch", "triton", "cudnn", "commit")  # for a row to be of use again
@@ -50,6 +51,8 @@ def path_of(folder: Path, name: str, known: Row) -> Path:
 def read(paths: Iterable[Path]) -> list[Row]:
     """The rows of result files, oldest first; a file that is not there has none.
 
+    A row that was being written when the machine went down is no row.
+
     Raises
     ------
     ValueError
@@ -59,21 +62,27 @@ def read(paths: Iterable[Path]) -> list[Row]:
     for path in paths:
         if not path.exists():
             continue
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            if tuple(reader.fieldnames or ()) != COLUMNS:
-                raise ValueError(f"{path} has other columns than this version: move it away")
-            rows.extend(reader)
+        reader = csv.DictReader(io.StringIO(_whole(path)))
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"{path} has other columns than this version: move it away")
+        rows.extend(reader)
     return rows
+
+
+def _whole(path: Path) -> str:
+    """The lines of a file that were written to their end."""
+    lines, end, _ = path.read_bytes().decode().rpartition("\n")
+    return lines + end
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
     """Add rows to a result file, which is begun if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    begun = path.exists()
+    before = _whole(path) if path.exists() else ""
     with path.open("a", newline="") as file:
+        file.truncate(len(before.encode()))
         writer = csv.writer(file, lineterminator="\n")
-        if not begun:
+        if not before:
             writer.writerow(COLUMNS)
         writer.writerows([row[name] for name in COLUMNS] for row in rows)
 

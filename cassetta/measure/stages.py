@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cassetta.kernels import dispatch
 from cassetta.measure import correct, passes, roofs, twins
 from cassetta.measure.cases import Case
 from cassetta.measure.passes import in_memory, tensors
@@ -59,8 +58,7 @@ class NetworkStage:
         self.task = task
         self.backward = task.what != "inference"
         self.net = task.case.make().to(task.device).train(self.backward)
-        # what leaves a layer under autocast has its dtype; an image from a file is in float32
-        dtype = task.dtype if task.case.inner else torch.float32
+        dtype = task.case.image_dtype(task.dtype)
         nb = nb_inputs(math.prod(task.shape) * dtype.itemsize, task.device)
         images = [torch.randn(task.shape, device=task.device).to(dtype) for _ in range(nb)]
         wanted = self.backward and task.case.inner
@@ -70,6 +68,7 @@ class NetworkStage:
         }
         self.floor = roofs.floor(self.net, task.shape, task.what, task.dtype, best)
         self.flops = roofs.flops(self.net, task.shape, task.what, task.case.inner)
+        self.moved = roofs.moved(self.net, task.shape, task.what, task.dtype)
         self.seed = self._seed(images[0]) if self.backward else None
         self.seeds: dict[tuple[torch.dtype, str], Tensor] = {}
         self.known = self._expected(layouts)
@@ -87,7 +86,7 @@ class NetworkStage:
         ours = rival.role == "ours"
         parameters = [*(own if ours else module).parameters()]
         images = self.images[rival.layout]
-        with dispatch.use_backend(rival.backend):
+        with rival.asked():
             if ours:
                 found = correct.results(module, parameters, images[0], self.seed, self.task.dtype)
                 if why := correct.agrees(found, self.known[rival.layout]):
@@ -99,7 +98,7 @@ class NetworkStage:
     def _columns(
         self, rival: Rival, run: Run, module: nn.Module, parameters: list[Any]
     ) -> dict[str, Any]:
-        columns: dict[str, Any] = {"gflop": self.flops / 1e9}
+        columns: dict[str, Any] = {"gflop": self.flops / 1e9, "moved_mib": self.moved / MIB}
         self._forget(rival, parameters)
         mode = mode_of(rival.engine)
         peak = peak_bytes(run, self.task.device)
@@ -125,7 +124,7 @@ class NetworkStage:
             image = images[k % len(images)]
             if graphs:
                 torch.compiler.cudagraph_mark_step_begin()
-            with dispatch.use_backend(rival.backend):
+            with rival.asked():
                 if not self.backward:
                     with torch.no_grad(), correct.rounding(image.device, dtype):
                         module(image)
@@ -192,13 +191,15 @@ class PassStage:
         """
         work, what = self.work[rival.layout], self.task.what
         run = work.run(what, rival.engine)
-        with dispatch.use_backend(rival.backend):  # which says so where it cannot run
+        with rival.asked():  # which says so where it cannot run
             found = run(0)
         if rival.role == "ours":
             why = correct.agrees(tensors(found), work.expected(what))
             if why:
                 raise Wrong(why)
+        moved = roofs.pass_moved("copy" if rival.role == "roof" else what, work.images[0])
+        columns = {"gflop": 0.0, "moved_mib": moved / MIB}  # torch counts no elementwise operation
         peak = peak_bytes(run, self.task.device)
-        name = "copy" if rival.role == "roof" else what
-        floor = roofs.pass_floor(name, work.images[0], self.best)
-        return Ready(run, floor, {} if peak is None else {"peak_mib": peak / MIB})
+        if peak is not None:
+            columns["peak_mib"] = peak / MIB
+        return Ready(run, 1000 * moved / self.best.bandwidth, columns)

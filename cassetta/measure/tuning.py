@@ -15,7 +15,7 @@ stopped goes on where it stopped.
 import copy
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,10 @@ from cassetta.measure import agreement
 from cassetta.measure.timing import interleaved, nb_inputs
 
 ROUNDS = 15
+
+
+class _NoPlan(Exception):
+    """A pass of which no plan is right."""
 
 
 class Found(NamedTuple):
@@ -140,7 +144,8 @@ def _tune_block(ran: fusing.Ran, device: torch.device, training: bool, again: bo
     """The block's passes, and then its engines."""
     table = evidence.table(device)
     known = table.find(ran.key)
-    if known is not None and not again:
+    tried = set() if known is None else {*known.ms, *known.refused}
+    if known is not None and not again and tried >= ENGINES.keys():  # one may have come since
         return [Found(ran.key, known.choice, known.evidence, False)]
     net = copy.deepcopy(ran.block).requires_grad_(training)
     rows: list[Found] = []
@@ -153,19 +158,29 @@ def _tune_block(ran: fusing.Ran, device: torch.device, training: bool, again: bo
             and (why := agreement.disagreement(net, images[0], training, name)) is not None
         }
         if "library" not in refused:
-            with configs.listening() as asked:
-                agreement.step(net, images[0], training, "library")
-            for key, (name, image) in asked.items():
-                if again or table.find(key) is None:
-                    record = _fastest_plan(name, image, device)
-                    table.add(key, record)
-                    rows.append(Found(key, record.choice, record.evidence, True))
+            try:
+                for found in _tune_passes(net, images[0], training, again):
+                    rows.append(found)
+            except _NoPlan as error:
+                refused["library"] = str(error)
         runs = {name: _run(net, images, training, name) for name in ENGINES if name not in refused}
         record = _fastest(runs, refused, device)
     except torch.OutOfMemoryError as error:
         return [*rows, Found(ran.key, "", f"out of memory ({str(error).splitlines()[0]})", False)]
     table.add(ran.key, record)
     return [*rows, Found(ran.key, record.choice, record.evidence, True)]
+
+
+def _tune_passes(net: nn.Module, image: Tensor, training: bool, again: bool) -> Iterator[Found]:
+    """The plan of each pass that the fused block asks for."""
+    table = evidence.table(image.device)
+    with configs.listening() as asked:
+        agreement.step(net, image, training, "library")
+    for key, (name, one) in asked.items():
+        if again or table.find(key) is None:
+            record = _fastest_plan(name, one, image.device)
+            table.add(key, record)
+            yield Found(key, record.choice, record.evidence, True)
 
 
 def _run(net: nn.Module, images: list[Tensor], training: bool, engine: str) -> Callable[[int], Any]:
@@ -196,14 +211,14 @@ def _fastest_plan(name: str, image: Tensor, device: torch.device) -> Record:
     refused, runs = {}, {}
     for plan in configs.PLANS:
         with configs.use_plan(plan):
-            ours = work.step(dispatch.passes(work.x), name)
-        why = agreement.judge(ours, same, truth)
+            ours = agreement.attempt(lambda: work.step(dispatch.passes(work.x), name))
+        why = ours if isinstance(ours, str) else agreement.judge(ours, same, truth)
         if why is None:
             runs[str(plan)] = _planned(plan, name, work)
         else:
             refused[str(plan)] = why
     if not runs:
-        raise RuntimeError(f"no plan of {name} is right on {tuple(image.shape)}: {refused}")
+        raise _NoPlan(f"no plan of {name} is right on {tuple(image.shape)}: {refused}")
     return _fastest(runs, refused, device)
 
 
