@@ -76,7 +76,7 @@ def recorded(arch: int, case: str, reports: list[Report]) -> Iterator[None]:
 
     def compile_instead(kernel: Any, x: Tensor, config: Any, *args: Any, **constants: Any) -> None:
         constants |= config.blocks
-        found = _compiled(kernel, _signature(kernel, args, constants), config.warps, arch)
+        found = _compiled(kernel, _signature(kernel, args, constants), config.options, arch)
         reports.append(Report(kernel.fn.__name__.strip("_"), case, arch, *found))
 
     launch, tile.launch = tile.launch, compile_instead
@@ -88,12 +88,12 @@ def recorded(arch: int, case: str, reports: list[Report]) -> Iterator[None]:
 
 def check(arch: int) -> Iterator[Report]:
     """Compile every pass in pairs of dtype, activation, layout and what may be absent."""
-    for n, (dtype, activation, layout) in enumerate(_pairs()):
+    for n, (dtype, activation, kind) in enumerate(_pairs()):
         reports: list[Report] = []
-        case = f"{str(dtype).removeprefix('torch.')} {activation} {layout}"
+        case = f"{str(dtype).removeprefix('torch.')} {activation} {kind}"
         plan = configs.PLANS[n // 4 % len(configs.PLANS)]  # with every other choice
         with recorded(arch, f"{case}, {plan}", reports), configs.use_plan(plan):
-            _run_passes(_image(dtype, layout), activation, full=n % 2 == 0, after=n % 4 < 2)
+            _run_passes(_image(dtype, kind), activation, full=n % 2 == 0, after=n % 4 < 2)
             if activation == "identity":
                 _run_norms(dtype)
         yield from reports
@@ -236,9 +236,11 @@ def _signature(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) ->
     return ASTSource(fn=kernel, signature=types, constexprs=fixed, attrs=attributes)
 
 
-def _compiled(kernel: Any, source: Any, warps: int, arch: int) -> tuple[int, int, int, str]:
+def _compiled(
+    kernel: Any, source: Any, options: dict[str, int], arch: int
+) -> tuple[int, int, int, str]:
     target = GPUTarget("cuda", arch, 32)
-    built: Any = triton.compile(source, target=target, options={"num_warps": warps})
+    built: Any = triton.compile(source, target=target, options=options)
     usage = _usage(built.asm["cubin"])
     found = " ".join(name for name, word in _MMA.items() if re.search(word, built.asm["ptx"]))
     return usage["REG"], usage["STACK"] + usage["LOCAL"], built.metadata.shared, found

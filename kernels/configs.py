@@ -10,6 +10,9 @@ from torch import Tensor
 
 from cassetta.kernels import evidence
 
+REGISTERS = 255
+"""Of a thread of a convolution, at most. Said so, or the compiler keeps to fewer, and spills."""
+
 
 class Config(NamedTuple):
     """The launch of a pass over an image (N, C, V voxels)."""
@@ -26,6 +29,10 @@ class Config(NamedTuple):
     def blocks(self) -> dict[str, int]:
         return {"BLOCK_V": self.block_v, "BLOCK_C": self.block_c}
 
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps}
+
 
 class PoolConfig(NamedTuple):
     """The launch of a pass over the pools of a table (N, C)."""
@@ -38,6 +45,10 @@ class PoolConfig(NamedTuple):
     @property
     def blocks(self) -> dict[str, int]:
         return {"BLOCK_P": self.block_p, "BLOCK_M": self.block_m}
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps}
 
 
 class GemmConfig(NamedTuple):
@@ -58,6 +69,10 @@ class GemmConfig(NamedTuple):
             "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k,
             "STAGES": self.stages,
         }  # fmt: skip
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps, "maxnreg": REGISTERS}
 
 
 class WgradConfig(NamedTuple):
@@ -81,6 +96,10 @@ class WgradConfig(NamedTuple):
             "BLOCK_T": self.block_t, "BLOCK_C": self.block_c, "BLOCK_N": self.block_n,
             "BLOCK_V": self.block_v, "STAGES": self.stages,
         }  # fmt: skip
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps, "maxnreg": REGISTERS}
 
 
 class Plan(NamedTuple):

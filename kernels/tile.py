@@ -14,7 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from cassetta.kernels import layout
-from cassetta.kernels.configs import Config, PoolConfig
+from cassetta.kernels.configs import Config, GemmConfig, PoolConfig, WgradConfig
+
+AnyConfig = Config | PoolConfig | GemmConfig | WgradConfig
 
 
 @triton.jit
@@ -192,10 +194,8 @@ def in_words(*images: Tensor) -> bool:
     return images[0].shape[1] % 16 != 0 and all(map(layout.is_in_words, images))
 
 
-def launch(
-    kernel: Any, x: Tensor, config: Config | PoolConfig, *args: Any, **constants: Any
-) -> None:
+def launch(kernel: Any, x: Tensor, config: AnyConfig, *args: Any, **constants: Any) -> None:
     """Start the kernel on the device of x, which need not be the current one."""
     if config.programs:
         with torch.cuda.device_of(x):
-            kernel[(config.programs,)](*args, **constants, **config.blocks, num_warps=config.warps)
+            kernel[(config.programs,)](*args, **constants, **config.blocks, **config.options)
