@@ -510,6 +510,30 @@ def test_compile_export_checkpoint(name):
         assert_near(program.module()(inp), net(inp), 1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo
+@pytest.mark.parametrize("order", ["cndax", "caxnd"])
+@pytest.mark.parametrize("activation", ["ReLU", "LeakyReLU", "GELU"])
+@pytest.mark.parametrize("norm", ["batch", "instance", None], ids=str)
+def test_compiled_with_open_sizes_and_numbers(norm, activation, order):
+    """`dynamic=True` opens slopes too, which one autograd.Function cannot tell to the next."""
+    net = ConvGroup(2, 4, nb_conv=2, norm=norm, activation=activation, order=order).double()
+    net.eval()
+    torch._dynamo.reset()
+    graphs = []
+    compiled = torch.compile(
+        net, fullgraph=True, dynamic=True, backend=lambda graph, _: graphs.append(graph) or graph
+    )
+    with dispatch.fused_on_reference():
+        for shape in ((2, 4, 7, 5), (3, 4, 9, 8)):
+            inp = torch.randn(shape).double().requires_grad_()
+            out, expected = compiled(inp), net(inp)
+            assert_near(out.detach(), expected.detach())
+            g = torch.randn_like(out)
+            ours, theirs = (torch.autograd.grad(one, inp, g)[0] for one in (out, expected))
+            assert_near(ours, theirs)
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize("name", ["unet", "meshnet", "atrous"])
 def test_explain_shows_every_block_on_a_kernel_engine(name, kernels):
     net, shape = NETS[name]()
@@ -535,7 +559,15 @@ REASONS = {
     "SeparableConv": lambda: ConvBlock(2, 4, 4, separable=True),
     "Dropout": lambda: ConvBlock(2, 4, 4, dropout=nn.Dropout),
     "float64": lambda: ConvBlock(2, 4, 4).double(),
+    "the norm LocalResponseNorm": lambda: ConvBlock(2, 4, 4, norm=nn.LocalResponseNorm(2)),
+    "a hook is attached to its Conv": lambda: _with_hook(ConvBlock(2, 4, 4)),
+    "layers were appended": lambda: ConvBlock(2, 4, 4).append(nn.Tanh()),
 }
+
+
+def _with_hook(block):
+    block.conv.register_forward_hook(lambda *_: None)
+    return block
 
 
 @pytest.mark.parametrize("reason", REASONS)
@@ -548,6 +580,16 @@ def test_a_block_that_no_kernel_covers_says_why_and_runs(reason, kernels):
     with dispatch.use_backend("reference"):
         expected = block.eval()(inp)
     assert_near(block(inp), expected)
+
+
+def test_reasons_that_lie_in_the_image(kernels):
+    block = ConvBlock(2, 4, 4).to(kernels)
+    (row,) = cassetta.explain(block, torch.randn(0, 4, 5, 5, device=kernels))
+    assert row.engine == "reference"
+    assert row.reason == "the batch is empty"
+    huge = torch.empty(1, device=kernels).expand(1, 4, 2**16, 2**15)
+    assert "more voxels than 31 bits count" in dispatch.why_reference(huge)
+    assert dispatch.why_reference(huge[..., :1, :1].to(torch.complex64)) == "the image is complex"
 
 
 def test_reasons_that_lie_in_the_request():

@@ -94,7 +94,8 @@ def conv_deferred(
             raw = raw.to(dtype)
     y = _Convolution.apply(raw, weight, bias, *flat(prologue), *geometry, dtype)
     if activation is not None:
-        y = _Activate.apply(y, *activation)
+        name, p, q = activation
+        y = _Activate.apply(y, name, float(p), float(q))  # see `flat`
     return Deferred(y)  # type: ignore[arg-type]
 
 

@@ -112,7 +112,7 @@ def key(layers: dict[str, nn.Module | None], image: Tensor) -> str:
         if isinstance(layer, Conv):
             size, dilation, bias = layer.kernel_size, layer.dilation, layer.bias is not None
             words.append(f"conv {layer.out_channels} k{size} d{dilation}{' bias' * bias}")
-        elif letter == "n" and layer is not None:
+        elif letter == "n" and type(layer) in _NORM:
             pool = _pool(layer)
             words.append("fixed norm" if pool is None else f"{pool.kind} norm {pool.groups}")
         elif letter == "d":
