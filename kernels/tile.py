@@ -179,8 +179,9 @@ def _reach(x: Tensor) -> int:
 
 
 def like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """An uninitialized image of the shape and, if it is dense, the layout of x."""
-    return torch.empty_like(x, dtype=dtype)
+    """An uninitialized image of the shape and, if it is dense and has one, the layout of x."""
+    plain = torch.contiguous_format if strides(x) is None else torch.preserve_format
+    return torch.empty_like(x, dtype=dtype, memory_format=plain)
 
 
 def launch(
