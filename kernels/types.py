@@ -80,7 +80,7 @@ class Fold(NamedTuple):
 def flat(prologue: Prologue) -> tuple[Any, ...]:
     """The prologue as the arguments of a registered operator, which knows tensors and numbers.
 
-    Under `torch.compile(dynamic=True)` numbers are open too, and `float` makes them the graph's: one
+    With `torch.compile(dynamic=True)` numbers are open too, and `float` makes them the graph's: one
     that is first met within an `autograd.Function` cannot be told to the next (torch 2.13).
     """
     s1, t1, (name, p, q), slope, s2, t2 = prologue

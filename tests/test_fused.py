@@ -20,7 +20,7 @@ from cassetta.kernels.types import Activation
 from cassetta.layers import ChannelDropout, ConvBlock, ConvGroup, ModuleSum
 from cassetta.models import SegNet
 
-from compare import assert_near
+from compare import NothingRead, assert_near
 
 ORDERS = ["".join(p) for p in itertools.permutations("ncdax")]
 NORMS = ["batch", "instance", "layer", 2, None]
@@ -198,6 +198,20 @@ def test_a_norm_costs_a_handful_of_launches():
     assert sorted(name.split(".")[1] for name in launches[1]) == [
         "convolution_backward", "norm_finalize_backward", "prologue_dgrad", "prologue_sums", "sum",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("norm", [*NORMS, nn.BatchNorm2d(4, momentum=None)], ids=str)
+def test_the_host_reads_nothing(norm, train):
+    """What a CUDA graph needs, and a GPU that is not to wait."""
+    net = ConvGroup(
+        2, 4, nb_conv=3, norm=norm, activation="PReLU", dropout=0.2, residual=True, recurrent=True
+    ).train(train)  # fmt: skip
+    inp = torch.randn(2, 4, 5, 5, requires_grad=True)
+    with dispatch.fused_on_reference(), NothingRead():
+        net(inp).sum().backward()
+    with pytest.raises(AssertionError, match="the host reads a value"), NothingRead():
+        inp.sum().item()
 
 
 def test_a_sum_leaves_its_moments_for_the_norm_that_follows():
