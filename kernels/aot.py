@@ -118,6 +118,10 @@ def _run_passes(x: Tensor, name: str, full: bool, after: bool) -> None:
     reductions.materialize_moments(x, p, x if full else None, x.dtype)
     reductions.prologue_sums(x, x, p, one, fold, after)
     pointwise.prologue_dgrad(x, x, p, fold, after)
+    by_result = activations.BY_RESULT.get(name, name)
+    if by_result != name:
+        q = Prologue(activation=Activation(by_result, 1.0, 20.0), s2=p.s2, t2=p.t2)
+        pointwise.prologue_dgrad(x, x, q, None, False)
 
 
 def _run_norms(dtype: torch.dtype) -> None:
@@ -158,7 +162,8 @@ def _signature(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) ->
 
 def _compiled(kernel: Any, source: Any, warps: int, arch: int) -> tuple[int, int, int, str]:
     target = GPUTarget("cuda", arch, 32)
-    built: Any = triton.compile(source, target=target, options={"num_warps": warps})
+    options = {"num_warps": warps, **tile.OPTIONS}
+    built: Any = triton.compile(source, target=target, options=options)
     usage = _usage(built.asm["cubin"])
     found = " ".join(name for name, word in _MMA.items() if re.search(word, built.asm["ptx"]))
     return usage["REG"], usage["STACK"] + usage["LOCAL"], built.metadata.shared, found

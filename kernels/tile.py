@@ -15,6 +15,10 @@ from torch import Tensor
 
 from cassetta.kernels.configs import Config, PoolConfig
 
+OPTIONS = {"enable_fp_fusion": True}
+"""Of every compilation: a multiplication and the addition that follows are rounded once. Said,
+because the default of triton 3.10 will be another."""
+
 
 @triton.jit
 def place(chunks, c_blocks, BLOCK_C: tl.constexpr):
@@ -134,6 +138,12 @@ def derivative(u, p, q, slope, ACT: tl.constexpr):
         d = 4 * tl.sigmoid(2 * u) * tl.sigmoid(-2 * u)  # 1 - tanh^2, without cancellation
     elif ACT == "sigmoid":
         d = tl.sigmoid(u) * tl.sigmoid(-u)
+    elif ACT == "elu_by_result":
+        d = tl.where(u > 0, 1.0, u + p)
+    elif ACT == "tanh_by_result":
+        d = 1 - u * u
+    elif ACT == "sigmoid_by_result":
+        d = u * (1 - u)
     elif ACT == "softplus":
         d = tl.where(u * p > q, 1.0, tl.sigmoid(u * p))
     elif ACT == "hardswish":
@@ -190,4 +200,5 @@ def launch(
     """Start the kernel on the device of x, which need not be the current one."""
     if config.programs:
         with torch.cuda.device_of(x):
-            kernel[(config.programs,)](*args, **constants, **config.blocks, num_warps=config.warps)
+            constants |= config.blocks
+            kernel[(config.programs,)](*args, **constants, num_warps=config.warps, **OPTIONS)

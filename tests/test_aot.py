@@ -44,13 +44,28 @@ for name, ptx in found:
         assert (wide, narrow) == ("True", "0"), name
 
 
-def test_a_fault_is_an_excess_and_an_exit_code():
+def test_a_fault_is_an_excess():
     out = run("""
 from cassetta.kernels.aot import Report
 good = Report("k", "c", 90, 32, 0, 1000, "")
 print(good.excess, good._replace(spilled=8).excess, good._replace(shared=300_000).excess, sep="|")
 """)
     assert out == "None|8 bytes of registers spill|300000 bytes of shared memory, of 232448"
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"), [({}, 0), ({"spilled": 8}, 1), ({"shared": 300_000}, 1)]
+)
+def test_a_fault_is_the_exit_code(fault, code):
+    out = run(f"""
+from cassetta.cli import main
+from cassetta.kernels import aot
+good = aot.Report("k", "c", 90, 32, 0, 1000, "mma")
+aot.check = lambda arch: [good, good._replace(**{fault})]
+print(main(["compile-check", "--arch", "sm_90"]))
+""")
+    assert out.splitlines()[-1] == str(code)
+    assert f"2 compilations in 0 s, {code} at fault" in out
 
 
 def test_nan_survives_every_minimum_and_maximum():

@@ -202,6 +202,38 @@ def test_derivatives_are_those_of_torch(name):
     torch.testing.assert_close(activations.derivative(u, activation, slope).detach(), expected)
 
 
+@pytest.mark.parametrize("name", activations.BY_RESULT)
+def test_derivatives_by_result(name):
+    """The reference's own are those by argument."""
+    activation = Activation(name, *CONSTANTS.get(name, (0.0, 0.0)))
+    assert activations.told_by_result(activation)
+    assert not activations.told_by_result(activation._replace(p=-0.1))
+    u = torch.linspace(-7, 7, 101, dtype=torch.float64)
+    by_result = activation._replace(name=activations.BY_RESULT[name])
+    found = activations.derivative(activations.apply(u, activation), by_result)
+    torch.testing.assert_close(found, activations.derivative(u, activation))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", activations.BY_RESULT)
+def test_gradients_by_result(name, dtype, kernels):
+    """From what `materialize` stored, as near to float64 as the reference."""
+    x, g, _, p, _ = problem((2, 5, 7, 9), dtype, name, True, kernels)
+    forward = p._replace(s2=None, t2=None)
+    backward = p._replace(
+        s1=None, t1=None, activation=p.activation._replace(name=activations.BY_RESULT[name])
+    )
+
+    def run(passes, g, x, forward, backward):
+        z = passes.materialize(x, forward, None, x.dtype)
+        return passes.prologue_dgrad(g, z, backward, None, False).double()
+
+    truth = run(reference, *map(double, (g, x, forward, backward)))
+    same, ours = (run(one, g, x, forward, backward) for one in (reference, dispatch.passes(x)))
+    off, same_off = ((one - truth).abs().max() for one in (ours, same))
+    assert off <= 2 * same_off + SLACK[dtype] * truth.abs().max()
+
+
 POOLINGS = [
     Pooling("batch"),
     Pooling("instance"),

@@ -17,7 +17,7 @@ from cassetta.core.typing import (
     SeparableType,
 )
 from cassetta.functional import Deferred, defer, materialize
-from cassetta.kernels.activations import KEEP_SIGN
+from cassetta.kernels.activations import told_by_result
 from cassetta.layers import fusing
 from cassetta.layers.activations import make_activation
 from cassetta.layers.attention import make_attention
@@ -142,21 +142,22 @@ class ConvBlock(Stack):
 
     def _fused(self, x: Deferred, layers: dict[str, Any]) -> Deferred:
         steps = "".join(letter for letter in self.order if layers[letter] is not None)
-        act = None
-        if layers["n"] is None and "ca" in steps:  # the activation leaves with the convolution
-            act = fusing.activation_of(layers["a"])
-            if act is not None and act.name in KEEP_SIGN and act.p >= 0:
-                steps = steps.replace("a", "")
-            else:
-                act = None
+        act = None if layers["a"] is None or "n" in steps else fusing.activation_of(layers["a"])
+        if act is not None and not told_by_result(act):
+            act = None
+        leaving = act if "ca" in steps else None  # with the convolution
+        if leaving is not None:
+            steps = steps.replace("a", "")
         for letter in steps:
             layer = layers[letter]
             if letter == "c":
-                x = functional.conv_deferred(x, layer.weight, layer.bias, layer.geometry, act)
+                x = functional.conv_deferred(x, layer.weight, layer.bias, layer.geometry, leaving)
             elif letter == "n":
                 x = fusing.normalized(x, layer)
             elif letter == "d":
                 x = fusing.dropped(x, layer)
+            elif letter == "a" and act is not None and "c" not in steps[steps.index("a") :]:
+                x = functional.activated_at_once(x, act)
             elif letter == "a":
                 x = fusing.activated(x, layer)
             else:
