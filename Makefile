@@ -22,16 +22,16 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m pytest bench -o python_files='bench_*.py' --benchmark-group-by=group \
 		--benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
-# On a GPU, with the packages that PYTHON has, offline: both stop after BUDGET seconds, and go on where
-# they stopped when they are run again.
+# On a GPU, with the packages that PYTHON has, or that lie in a folder named by PYTHONPATH, offline: both
+# stop after BUDGET seconds, and go on where they stopped when they are run again.
 BUDGET ?= 500
 GPU_TESTS = tests/test_gpu.py tests/test_golden.py tests/test_passes.py tests/test_fused.py
 
 test-gpu:
-	PYTHONPATH=. $(PYTHON) -m pytest $(GPU_TESTS) --budget $(BUDGET) --resume -o filterwarnings=default
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest $(GPU_TESTS) --budget $(BUDGET) --resume -o filterwarnings=default
 
 bench-gpu:
-	PYTHONPATH=. $(PYTHON) -m cassetta bench --budget $(BUDGET)
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m cassetta bench --budget $(BUDGET)
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
