@@ -1,5 +1,6 @@
 """What the compiled kernels look like, ahead of time and without a GPU."""
 
+import os
 import subprocess
 import sys
 
@@ -9,9 +10,11 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton is for Linux")
 
 
-def run(code):
+def run(code, **environment):
     """In a process of its own: in this one, kernels may be interpreted."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    env = {**os.environ, **environment}
+    line = [sys.executable, "-c", code]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -87,3 +90,30 @@ for built in found:
     assert least == of_counts, (built.metadata.name, least)
 """)
     assert out == ""
+
+
+def test_the_first_step_of_a_network_compiles_in_a_minute(tmp_path):
+    """All that the passes of a 3-D U-Net compile, cold: sizes are no constants of kernels."""
+    out = run(
+        """
+import contextlib, time, torch
+from cassetta.backbones import UNet
+from cassetta.kernels import aot, dispatch, ops
+passes = dispatch._triton_passes()
+for name in ops.NAMES:  # the launchers themselves, which see tensors without data
+    setattr(ops, name, getattr(passes, name))
+torch.is_autocast_enabled = lambda *_: False  # which knows no device "meta"
+torch.autocast = lambda *_, **__: contextlib.nullcontext()
+net = UNet(3, 32, norm="instance").to("meta", torch.bfloat16)
+inp = torch.empty(2, 32, 128, 128, 128, device="meta", dtype=torch.bfloat16, requires_grad=True)
+reports, start = [], time.monotonic()
+with dispatch.fused_on_reference(), aot.recorded(90, "", reports):
+    net(inp).sum().backward()
+print(len({report.kernel for report in reports}), time.monotonic() - start)
+""",
+        TRITON_CACHE_DIR=str(tmp_path),
+    )
+    kernels, seconds = out.split()
+    assert int(kernels) == 7  # each of the passes, the stages of reductions apart
+    assert len(list(tmp_path.rglob("*.cubin"))) <= 40
+    assert float(seconds) < 60
