@@ -23,16 +23,17 @@ bench: $(VENV)/.bench
 		--benchmark-columns=median,iqr,rounds --benchmark-sort=name --benchmark-max-time=0.4
 	$(BIN)/python -m cassetta bench --budget $(BUDGET)
 
-# On a GPU, with the packages that PYTHON has, offline: both stop after BUDGET seconds, as does the
-# second half of `bench`, and go on where they stopped when they are run again.
+# On a GPU, with the packages that PYTHON has, or that lie in a folder named by PYTHONPATH, offline:
+# both stop after BUDGET seconds, as does the second half of `bench`, and go on where they stopped when
+# they are run again.
 BUDGET ?= 400
 GPU_TESTS = tests/test_gpu.py tests/test_golden.py tests/test_passes.py tests/test_fused.py
 
 test-gpu:
-	PYTHONPATH=. $(PYTHON) -m pytest $(GPU_TESTS) --budget $(BUDGET) --resume -o filterwarnings=default
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest $(GPU_TESTS) --budget $(BUDGET) --resume -o filterwarnings=default
 
 bench-gpu:
-	PYTHONPATH=. $(PYTHON) -m cassetta bench --budget $(BUDGET)
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m cassetta bench --budget $(BUDGET)
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict

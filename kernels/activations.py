@@ -17,8 +17,16 @@ NAMES = (
     "sigmoid", "softplus", "hardswish", "prelu",
 )  # fmt: skip
 
-KEEP_SIGN = ("relu", "leaky_relu")
-"""Those whose derivative at u can be told from act(u), for a slope that is not negative."""
+BY_RESULT = {
+    "relu": "relu", "leaky_relu": "leaky_relu", "elu": "elu_by_result", "tanh": "tanh_by_result",
+    "sigmoid": "sigmoid_by_result",
+}  # fmt: skip
+"""Those whose derivative at u can be told from act(u), and its name as a function of that."""
+
+
+def told_by_result(activation: Activation) -> bool:
+    """Whether act(u) tells act'(u); of a negative slope or alpha it does not."""
+    return activation.name in BY_RESULT and activation.p >= 0
 
 
 def apply(u: Tensor, activation: Activation, slope: Tensor | None = None) -> Tensor:
@@ -45,7 +53,10 @@ def apply(u: Tensor, activation: Activation, slope: Tensor | None = None) -> Ten
 
 
 def derivative(u: Tensor, activation: Activation, slope: Tensor | None = None) -> Tensor:
-    """act'(u), for any shape; where there is none (ReLU at 0), what torch takes."""
+    """act'(u), for any shape; where there is none (ReLU at 0), what torch takes.
+
+    For a name of `BY_RESULT` u is act(u).
+    """
     name, p, q = activation
     one = torch.ones_like(u)
     if name == "identity":
@@ -65,6 +76,12 @@ def derivative(u: Tensor, activation: Activation, slope: Tensor | None = None) -
         return torch.where(u <= -3, 0 * one, torch.where(u < 3, u / 3 + 0.5, one))
     if name == "tanh":
         return 1 - torch.tanh(u).square()
+    if name == "elu_by_result":
+        return torch.where(u > 0, one, u + p)
+    if name == "tanh_by_result":
+        return 1 - u.square()
+    if name == "sigmoid_by_result":
+        return u * (1 - u)
     sigmoid = torch.sigmoid(u)
     if name == "sigmoid":
         return sigmoid * (1 - sigmoid)

@@ -168,6 +168,10 @@ def _run_passes(x: Tensor, name: str, full: bool, after: bool) -> None:
     reductions.materialize_moments(x, p, x if full else None, x.dtype)
     reductions.prologue_sums(x, x, p, one, fold, after)
     pointwise.prologue_dgrad(x, x, p, fold, after)
+    by_result = activations.BY_RESULT.get(name, name)
+    if by_result != name:
+        q = Prologue(activation=Activation(by_result, 1.0, 20.0), s2=p.s2, t2=p.t2)
+        pointwise.prologue_dgrad(x, x, q, None, False)
 
 
 def _run_convolutions(dtype: torch.dtype, c: int, name: str, full: bool) -> None:
@@ -240,6 +244,7 @@ def _compiled(
     kernel: Any, source: Any, options: dict[str, int], arch: int
 ) -> tuple[int, int, int, str]:
     target = GPUTarget("cuda", arch, 32)
+    options = {**options, **tile.OPTIONS}
     built: Any = triton.compile(source, target=target, options=options)
     usage = _usage(built.asm["cubin"])
     found = " ".join(name for name, word in _MMA.items() if re.search(word, built.asm["ptx"]))

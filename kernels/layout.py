@@ -28,7 +28,8 @@ def like(x: Tensor, dtype: torch.dtype) -> Tensor:
     """An uninitialized image of the shape of x and, where x has one, its layout."""
     if is_padded(x):
         return empty(tuple(x.shape), dtype, x.device)
-    return torch.empty_like(x, dtype=dtype)
+    plain = torch.contiguous_format if strides(x) is None else torch.preserve_format
+    return torch.empty_like(x, dtype=dtype, memory_format=plain)
 
 
 def is_padded(x: Tensor) -> bool:

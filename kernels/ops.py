@@ -190,12 +190,14 @@ def _moments(x: Tensor, *prologue: Any) -> tuple[Tensor, Tensor]:
 
 def _materialize(x: Tensor, *rest: Any) -> Tensor:
     *prologue, residual, dtype, words = rest
-    return dispatch.passes(x).materialize(x, unflat(prologue), residual, dtype, words)
+    z = dispatch.passes(x).materialize(x, unflat(prologue), residual, dtype, words)
+    return z if words else _laid_out(z, x)
 
 
 def _materialize_moments(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *prologue, residual, dtype = rest
-    return dispatch.passes(x).materialize_moments(x, unflat(prologue), residual, dtype)
+    z, *own = dispatch.passes(x).materialize_moments(x, unflat(prologue), residual, dtype)
+    return _laid_out(z, x), *own
 
 
 def _prologue_sums(g: Tensor, x: Tensor, *rest: Any) -> Tensor:
@@ -207,7 +209,7 @@ def _prologue_sums(g: Tensor, x: Tensor, *rest: Any) -> Tensor:
 def _prologue_dgrad(g: Tensor, x: Tensor, *rest: Any) -> Tensor:
     *prologue, a, k, centre, after = rest
     fold = None if a is None else Fold(a, k, centre)
-    return dispatch.passes(x).prologue_dgrad(g, x, unflat(prologue), fold, after)
+    return _laid_out(dispatch.passes(x).prologue_dgrad(g, x, unflat(prologue), fold, after), x)
 
 
 def _norm_finalize(mean: Tensor, var: Tensor, *rest: Any) -> Tensor:
@@ -219,6 +221,16 @@ def _norm_finalize(mean: Tensor, var: Tensor, *rest: Any) -> Tensor:
 def _norm_finalize_backward(sums: Tensor, *rest: Any) -> Tensor:
     *others, kind, groups = rest
     return dispatch.passes(sums).norm_finalize_backward(sums, *others, Pooling(kind, groups))
+
+
+def _laid_out(out: Tensor, x: Tensor) -> Tensor:
+    """An image in the layout that compilers are told of: that of `layout.like(x)`."""
+    if out.stride() == x.stride():
+        return out
+    shadow = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    if out.stride() == layout.like(shadow, x.dtype).stride():
+        return out
+    return layout.like(x, out.dtype).copy_(out)
 
 
 def _tables(x: Tensor, *count: int) -> Tensor:

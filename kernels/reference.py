@@ -98,9 +98,7 @@ def materialize(
     if residual is not None:
         z = z + residual
     z = z.to(dtype)
-    if words or layout.is_padded(x):
-        return layout.empty(tuple(z.shape), dtype, z.device).copy_(z)
-    return z
+    return layout.empty(tuple(z.shape), dtype, z.device).copy_(z) if words else z
 
 
 def materialize_moments(
@@ -141,18 +139,18 @@ def prologue_dgrad(g: Tensor, x: Tensor, p: Prologue, fold: Fold | None, after: 
     after       e = s2 g + fold(v)         dx = s1 e act'(u)
     before      e = s2 g                   dx = s1 e act'(u) + fold(x)
     """
-    u, v = _inner(x, p)
+    u = _argument(x, p)
     e = g.to(u.dtype)
     if p.s2 is not None:
         e = e * _over(p.s2, x)
     if fold is not None and after:
-        e = e + _folded(fold, v)
+        e = e + _folded(fold, activations.apply(u, p.activation, _slope(p, x)))
     dx = e * activations.derivative(u, p.activation, _slope(p, x))
     if p.s1 is not None:
         dx = dx * _over(p.s1, x)
     if fold is not None and not after:
         dx = dx + _folded(fold, x.to(u.dtype))
-    return layout.like(x, x.dtype).copy_(dx) if layout.is_padded(x) else dx.to(x.dtype)
+    return dx.to(x.dtype)
 
 
 def norm_finalize(
@@ -237,10 +235,14 @@ def _pooled(table: Tensor, pooling: Pooling) -> Tensor:
 
 def _inner(x: Tensor, p: Prologue) -> tuple[Tensor, Tensor]:
     """u = s1 x + t1 and v = act(u)."""
-    u = x.to(torch.promote_types(x.dtype, torch.float32))
-    if p.s1 is not None and p.t1 is not None:
-        u = _over(p.s1, x) * u + _over(p.t1, x)
+    u = _argument(x, p)
     return u, activations.apply(u, p.activation, _slope(p, x))
+
+
+def _argument(x: Tensor, p: Prologue) -> Tensor:
+    """u = s1 x + t1."""
+    u = x.to(torch.promote_types(x.dtype, torch.float32))
+    return u if p.s1 is None or p.t1 is None else _over(p.s1, x) * u + _over(p.t1, x)
 
 
 def _slope(p: Prologue, x: Tensor) -> Tensor | None:

@@ -18,6 +18,10 @@ from cassetta.kernels.configs import Config, GemmConfig, PoolConfig, WgradConfig
 
 AnyConfig = Config | PoolConfig | GemmConfig | WgradConfig
 
+OPTIONS = {"enable_fp_fusion": True}
+"""Of every compilation: a multiplication and the addition that follows are rounded once. Said,
+because the default of triton 3.10 will be another."""
+
 
 @triton.jit
 def place(chunks, c_blocks, BLOCK_C: tl.constexpr):
@@ -154,6 +158,12 @@ def derivative(u, p, q, slope, ACT: tl.constexpr):
         d = 4 * tl.sigmoid(2 * u) * tl.sigmoid(-2 * u)  # 1 - tanh^2, without cancellation
     elif ACT == "sigmoid":
         d = tl.sigmoid(u) * tl.sigmoid(-u)
+    elif ACT == "elu_by_result":
+        d = tl.where(u > 0, 1.0, u + p)
+    elif ACT == "tanh_by_result":
+        d = 1 - u * u
+    elif ACT == "sigmoid_by_result":
+        d = u * (1 - u)
     elif ACT == "softplus":
         d = tl.where(u * p > q, 1.0, tl.sigmoid(u * p))
     elif ACT == "hardswish":
@@ -198,4 +208,5 @@ def launch(kernel: Any, x: Tensor, config: AnyConfig, *args: Any, **constants: A
     """Start the kernel on the device of x, which need not be the current one."""
     if config.programs:
         with torch.cuda.device_of(x):
-            kernel[(config.programs,)](*args, **constants, **config.blocks, **config.options)
+            constants |= {**config.blocks, **config.options, **OPTIONS}
+            kernel[(config.programs,)](*args, **constants)

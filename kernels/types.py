@@ -87,9 +87,13 @@ class Fold(NamedTuple):
 
 
 def flat(prologue: Prologue) -> tuple[Any, ...]:
-    """The prologue as the arguments of a registered operator, which knows tensors and numbers."""
+    """The prologue as the arguments of a registered operator, which knows tensors and numbers.
+
+    With `torch.compile(dynamic=True)` numbers are open too, and `float` makes them the graph's: one
+    that is first met within an `autograd.Function` cannot be told to the next (torch 2.13).
+    """
     s1, t1, (name, p, q), slope, s2, t2 = prologue
-    return s1, t1, name, p, q, slope, s2, t2
+    return s1, t1, name, float(p), float(q), slope, s2, t2
 
 
 def unflat(arguments: Sequence[Any]) -> Prologue:

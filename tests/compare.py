@@ -1,7 +1,10 @@
-"""The comparisons that tests share. Both assert; neither is ever called for its value."""
+"""What tests share: comparisons, which assert and are never called for their value, and a guard."""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
@@ -32,3 +35,13 @@ def assert_gradients(module: nn.Module, inp: Tensor) -> None:
 
     inputs = (inp, *(p.detach().clone().requires_grad_() for p in module.parameters()))
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+
+
+class NothingRead(TorchDispatchMode):
+    """Raises where the host reads a value: a GPU would wait, and no graph could be captured."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().removeprefix("aten::")
+        if name in ("_local_scalar_dense", "equal", "nonzero", "masked_select", "is_nonzero"):
+            raise AssertionError(f"the host reads a value by {name}")
+        return func(*args, **(kwargs or {}))

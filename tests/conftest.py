@@ -5,15 +5,18 @@ Without a GPU, kernels are interpreted on the CPU. Triton decides that when it i
 imported here; afterwards the environment is as users have it, and the fixture `kernels` asks again.
 """
 
+import hashlib
+import importlib.metadata
 import importlib.util
 import itertools
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from cassetta.kernels import dispatch, evidence
+from cassetta.kernels import configs, dispatch, evidence
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,13 +29,30 @@ if HAS_TRITON and DEVICE == "cpu":
 
 def pytest_addoption(parser):
     parser.addoption("--budget", type=float, help="seconds after which no further test begins")
-    parser.addoption("--resume", action="store_true", help="leave out what has passed before")
+    parser.addoption(
+        "--resume", action="store_true",
+        help="leave out what has passed before, of the same source, GPU and versions",
+    )  # fmt: skip
+
+
+def _place():
+    """Where it is kept what has passed: under a fingerprint of all that a test depends on."""
+    root = Path(__file__).parent.parent
+    gpu = torch.cuda.get_device_name() if DEVICE == "cuda" else ""
+    triton = importlib.metadata.version("triton") if HAS_TRITON else ""
+    digest = hashlib.sha256(f"{gpu} {torch.__version__} {triton}".encode())
+    for folder in ("cassetta", "kernels", "tests"):
+        for path in sorted((root / folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return f"cassetta/passed-{digest.hexdigest()[:12]}"
 
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--resume"):
-        passed = set(config.cache.get("cassetta/passed", []))
+        passed = set(config.cache.get(_place(), []))
+        config.cassetta_left_out = [item for item in items if item.nodeid in passed]
         items[:] = [item for item in items if item.nodeid not in passed]
+        config.hook.pytest_deselected(items=config.cassetta_left_out)
 
 
 def pytest_sessionstart(session):
@@ -50,10 +70,13 @@ def pytest_runtest_teardown(item):
         item.session.shouldstop = f"the budget of {budget:.0f} s is spent: --resume goes on"
 
 
-def pytest_sessionfinish(session):
-    if session.config.getoption("--resume"):
-        before = session.config.cache.get("cassetta/passed", [])
-        session.config.cache.set("cassetta/passed", sorted({*before, *_passed}))
+def pytest_sessionfinish(session, exitstatus):
+    config = session.config
+    if config.getoption("--resume"):
+        before = config.cache.get(_place(), [])
+        config.cache.set(_place(), sorted({*before, *_passed}))
+        if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and config.cassetta_left_out:
+            session.exitstatus = pytest.ExitCode.OK  # nothing is left to be done
 
 
 _passed: list[str] = []
@@ -89,8 +112,13 @@ def kernels(monkeypatch):
 
 @pytest.fixture(params=["library", "gemm"])
 def engine(request):
-    """Which engine runs every fused block in this test."""
-    with dispatch.use_engine(request.param):
+    """Which engine runs every fused block in this test.
+
+    The interpreter takes its time per step, whatever its size: large tiles, where no GPU has to
+    hold them.
+    """
+    large = configs.GemmPlan(1024, 128, 128), configs.WgradPlan(512, 128, 512)
+    with dispatch.use_engine(request.param), configs.use_plan(*(large if DEVICE == "cpu" else ())):
         yield request.param
 
 

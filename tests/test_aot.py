@@ -1,5 +1,6 @@
 """What the compiled kernels look like, ahead of time and without a GPU."""
 
+import os
 import subprocess
 import sys
 
@@ -9,9 +10,11 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton is for Linux")
 
 
-def run(code):
+def run(code, **environment):
     """In a process of its own: in this one, kernels may be interpreted."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    env = {**os.environ, **environment}
+    line = [sys.executable, "-c", code]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -44,13 +47,28 @@ for name, ptx in found:
         assert (wide, narrow) == ("True", "0"), name
 
 
-def test_a_fault_is_an_excess_and_an_exit_code():
+def test_a_fault_is_an_excess():
     out = run("""
 from cassetta.kernels.aot import Report
 good = Report("k", "c", 90, 32, 0, 1000, "")
 print(good.excess, good._replace(spilled=8).excess, good._replace(shared=300_000).excess, sep="|")
 """)
     assert out == "None|8 bytes of registers spill|300000 bytes of shared memory, of 232448"
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"), [({}, 0), ({"spilled": 8}, 1), ({"shared": 300_000}, 1)]
+)
+def test_a_fault_is_the_exit_code(fault, code):
+    out = run(f"""
+from cassetta.cli import main
+from cassetta.kernels import aot
+good = aot.Report("k", "c", 90, 32, 0, 1000, "mma")
+aot.check = lambda arch: [good, good._replace(**{fault})]
+print(main(["compile-check", "--arch", "sm_90"]))
+""")
+    assert out.splitlines()[-1] == str(code)
+    assert f"2 compilations in 0 s, {code} at fault" in out
 
 
 def test_nan_survives_every_minimum_and_maximum():
@@ -72,3 +90,30 @@ for built in found:
     assert least == of_counts, (built.metadata.name, least)
 """)
     assert out == ""
+
+
+def test_the_first_step_of_a_network_compiles_in_a_minute(tmp_path):
+    """All that the passes of a 3-D U-Net compile, cold: sizes are no constants of kernels."""
+    out = run(
+        """
+import contextlib, time, torch
+from cassetta.backbones import UNet
+from cassetta.kernels import aot, dispatch, ops
+passes = dispatch._triton_passes()
+for name in ops.NAMES:  # the launchers themselves, which see tensors without data
+    setattr(ops, name, getattr(passes, name))
+torch.is_autocast_enabled = lambda *_: False  # which knows no device "meta"
+torch.autocast = lambda *_, **__: contextlib.nullcontext()
+net = UNet(3, 32, norm="instance").to("meta", torch.bfloat16)
+inp = torch.empty(2, 32, 128, 128, 128, device="meta", dtype=torch.bfloat16, requires_grad=True)
+reports, start = [], time.monotonic()
+with dispatch.fused_on_reference(), aot.recorded(90, "", reports):
+    net(inp).sum().backward()
+print(len({report.kernel for report in reports}), time.monotonic() - start)
+""",
+        TRITON_CACHE_DIR=str(tmp_path),
+    )
+    kernels, seconds = out.split()
+    assert int(kernels) == 7  # each of the passes, the stages of reductions apart
+    assert len(list(tmp_path.rglob("*.cubin"))) <= 40
+    assert float(seconds) < 60

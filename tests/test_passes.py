@@ -85,7 +85,9 @@ def test_every_activation(name, dtype, full, kernels):
     assert_as_good_as_torch(dispatch.passes(arguments[0]), arguments)
 
 
-LAYOUTS = ["channels first", "channels last", "mixed", "sliced", "gaps", "expanded", "one voxel"]
+LAYOUTS = [
+    "channels first", "channels last", "mixed", "sliced", "gaps", "turned", "expanded", "one voxel",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -104,6 +106,8 @@ def test_every_shape_and_layout(shape, layout, kernels):
         g = g.mean().expand(shape)
     elif layout == "one voxel":  # of each channel, at all places
         g = g.flatten(2)[..., :1].reshape(*shape[:2], *[1] * (len(shape) - 2)).expand(shape)
+    elif layout == "turned":  # dense, but its voxels have no common stride
+        x, r = (t.mT.contiguous().mT for t in (x, r))
     elif layout == "gaps":  # every other voxel of the last axis
         x = torch.stack([x, x], -1).flatten(-2)[..., ::2]
     assert_as_good_as_torch(dispatch.passes(x), (x, g, r, p, fold))
@@ -198,6 +202,38 @@ def test_derivatives_are_those_of_torch(name):
     torch.testing.assert_close(activations.derivative(u, activation, slope).detach(), expected)
 
 
+@pytest.mark.parametrize("name", activations.BY_RESULT)
+def test_derivatives_by_result(name):
+    """The reference's own are those by argument."""
+    activation = Activation(name, *CONSTANTS.get(name, (0.0, 0.0)))
+    assert activations.told_by_result(activation)
+    assert not activations.told_by_result(activation._replace(p=-0.1))
+    u = torch.linspace(-7, 7, 101, dtype=torch.float64)
+    by_result = activation._replace(name=activations.BY_RESULT[name])
+    found = activations.derivative(activations.apply(u, activation), by_result)
+    torch.testing.assert_close(found, activations.derivative(u, activation))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", activations.BY_RESULT)
+def test_gradients_by_result(name, dtype, kernels):
+    """From what `materialize` stored, as near to float64 as the reference."""
+    x, g, _, p, _ = problem((2, 5, 7, 9), dtype, name, True, kernels)
+    forward = p._replace(s2=None, t2=None)
+    backward = p._replace(
+        s1=None, t1=None, activation=p.activation._replace(name=activations.BY_RESULT[name])
+    )
+
+    def run(passes, g, x, forward, backward):
+        z = passes.materialize(x, forward, None, x.dtype)
+        return passes.prologue_dgrad(g, z, backward, None, False).double()
+
+    truth = run(reference, *map(double, (g, x, forward, backward)))
+    same, ours = (run(one, g, x, forward, backward) for one in (reference, dispatch.passes(x)))
+    off, same_off = ((one - truth).abs().max() for one in (ours, same))
+    assert off <= 2 * same_off + SLACK[dtype] * truth.abs().max()
+
+
 POOLINGS = [
     Pooling("batch"),
     Pooling("instance"),
@@ -284,10 +320,19 @@ def test_the_algebra_of_norms_is_that_of_torch(pooling):
         torch.testing.assert_close(ours, theirs.detach(), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("layout", ["first", "last", "turned", "expanded"])
+@pytest.mark.parametrize("run", ["reference", "triton"])
 @pytest.mark.parametrize("name", ops.NAMES)
-def test_operators_are_registered_as_torch_wants_them(name):
-    x, g, r, p, fold = problem((2, 3, 4, 5), torch.float32, "prelu", True, torch.device("cpu"))
-    own, before, after, gamma, beta, sums, centre = tables(2, 3, True, torch.device("cpu"))
+def test_operators_are_registered_as_torch_wants_them(name, run, layout, request):
+    device = request.getfixturevalue("kernels") if run == "triton" else torch.device("cpu")
+    x, g, r, p, fold = problem((2, 3, 4, 5), torch.float32, "prelu", True, device)
+    x = {
+        "first": x,
+        "last": x.contiguous(memory_format=torch.channels_last),
+        "turned": x.mT.contiguous().mT,
+        "expanded": x[..., :1].expand(x.shape),
+    }[layout]
+    own, before, after, gamma, beta, sums, centre = tables(2, 3, True, device)
     calls = {
         "materialize_moments": lambda: ops.materialize_moments(x, p, r, torch.float16),
         "norm_finalize": lambda: ops.norm_finalize(

@@ -10,7 +10,7 @@ from torch import distributed as dist, multiprocessing, nn
 from cassetta.backbones import MeshNet
 from cassetta.kernels import dispatch
 
-from compare import assert_near
+from compare import NothingRead, assert_near
 
 
 def network():
@@ -32,16 +32,24 @@ def work(rank, port, inp, sizes, results, backend):
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=len(sizes))
     net = nn.SyncBatchNorm.convert_sync_batchnorm(network())
-    with dispatch.use_backend(backend):
+    with dispatch.use_backend(backend), NothingRead():
         found = step(net, inp.split(sizes)[rank])
     results[rank] = {name: tensor.numpy() for name, tensor in found.items()}
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("sizes", [[3, 1], [2, 2]], ids=str)
-def test_two_processes_equal_one(sizes, backend):
-    inp = torch.randn(4, 4, 5, 6).double()
+@pytest.mark.parametrize(
+    ("sizes", "space", "backend"),
+    [
+        ([3, 1], (5, 6), "auto"),
+        ([2, 2], (5, 6), "reference"),
+        ([0, 4], (5, 6), "auto"),  # a process without a sample, which the other waits for
+        ([3, 1], (1, 1), "auto"),  # a single value for the second process, which has four in all
+    ],
+    ids=str,
+)
+def test_two_processes_equal_one(sizes, space, backend):
+    inp = torch.randn(4, 4, *space).double()
     expected = step(network(), inp)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -2,6 +2,7 @@
 
 from cassetta.functional.attention import dot_product_attention as dot_product_attention
 from cassetta.functional.conv import (
+    activated_at_once as activated_at_once,
     conv as conv,
     conv_deferred as conv_deferred,
     conv_transposed as conv_transposed,

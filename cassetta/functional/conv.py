@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from cassetta.core.typing import BoundType
 from cassetta.functional.deferred import Deferred, first_order
 from cassetta.kernels import dispatch, library, ops
+from cassetta.kernels.activations import BY_RESULT
 from cassetta.kernels.types import Activation, Geometry, Prologue, flat, unflat
 
 Pairs = tuple[tuple[int, int], ...]
@@ -93,8 +94,18 @@ def conv_deferred(
         if prologue.is_identity:  # else z is rounded when it is built
             raw = raw.to(dtype)
     y = _Convolution.apply(raw, weight, bias, *flat(prologue), *geometry, dtype)
-    if activation is not None:
-        y = _Activate.apply(y, *activation)
+    out = Deferred(y)  # type: ignore[arg-type]
+    return out if activation is None else activated_at_once(out, activation)
+
+
+def activated_at_once(x: Deferred, activation: Activation) -> Deferred:
+    """The activation applied, for one whose result tells its slope: that is all that is kept.
+
+    Of x nothing but a factor may be pending, as dropout leaves it.
+    """
+    name, p, q = activation
+    s1, t1, *_ = x.prologue
+    y = _Activate.apply(x.raw, s1, t1, name, float(p), float(q))  # see `flat`
     return Deferred(y)  # type: ignore[arg-type]
 
 
@@ -128,22 +139,25 @@ class _Convolution(Function):
 
 
 class _Activate(Function):
-    """An activation whose result is kept, because its sign tells its slope; a node of its own, so
-    that the gradient of the result is gone when that of the convolution is computed."""
+    """An activation of a multiple of y, whose result is kept, because it tells the slope; a node of
+    its own, so that the gradient of the result is gone when that of the convolution is computed."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, *activation: Any) -> Tensor:
-        ctx.activation = Activation(*activation)
-        out = ops.materialize(y, Prologue(activation=ctx.activation), None, y.dtype)
-        ctx.save_for_backward(out)
+    def forward(
+        ctx: Any, y: Tensor, s: Tensor | None, t: Tensor | None, *activation: Any
+    ) -> Tensor:
+        inner = Activation(*activation)
+        ctx.activation = inner._replace(name=BY_RESULT[inner.name])
+        out = ops.materialize(y, Prologue(s, t, inner), None, y.dtype)
+        ctx.save_for_backward(out, s, t)
         return out
 
     @staticmethod
     @first_order
     def backward(ctx: Any, g: Tensor) -> tuple:
-        (out,) = ctx.saved_tensors
-        prologue = Prologue(activation=ctx.activation)
-        return ops.prologue_dgrad(g, out, prologue, None, False), None, None, None
+        out, s, t = ctx.saved_tensors
+        prologue = Prologue(activation=ctx.activation, s2=s, t2=t)
+        return ops.prologue_dgrad(g, out, prologue, None, False), *[None] * 5
 
 
 def _operand(x: Tensor, prologue: Prologue, dtype: torch.dtype) -> Tensor:

@@ -119,11 +119,11 @@ class Deferred:
         eps: float,
         pool: Pool,
         fixed: Moments | None = None,
-        track: Callable[[Moments, int], None] | None = None,
+        track: Callable[[Moments, Any], None] | None = None,
     ) -> Deferred:
         """The norm applied, with the statistics of z pooled by `pool`, or with `fixed` ones (C,).
 
-        `track` is told the pooled statistics, and of how many values they are.
+        `track` is told the pooled statistics, and the factor that makes their variances unbiased.
         """
         if self.norm is not None or self.residual is not None:
             x = self._with_moments() if fixed is None else Deferred(self.z())
@@ -140,10 +140,10 @@ class Deferred:
             else:
                 inner = self.prologue if self.has_activation else Prologue()
                 own = ops.moments(self.raw, inner._replace(s2=None, t2=None))
-            tables, count = standardize(own, before, gamma, beta, eps, pool, self.voxels)
-            mean, var, rstd, scale, shift = tables.unbind()
+            tables, found, unbiased = standardize(own, before, gamma, beta, eps, pool, self.voxels)
+            mean, _, rstd, scale, shift = tables.unbind()
             if track is not None:
-                track(Moments(mean, var), count)
+                track(found, unbiased)
             norm = Norm(mean, rstd, own.mean, before, None, pool, self.has_activation)
         if self.has_activation:
             prologue = Prologue(s1, t1, act, slope, scale, shift)

@@ -15,6 +15,7 @@ from torch.autograd import Function
 
 from cassetta.functional.deferred import Deferred, first_order
 from cassetta.kernels import ops
+from cassetta.kernels.activations import BY_RESULT
 from cassetta.kernels.types import NOTHING, Activation, Geometry, Moments, Prologue, flat, unflat
 
 
@@ -28,8 +29,8 @@ def conv_gemm(
 ) -> Deferred:
     """`conv` of what x stands for, with an epilogue, and the moments of what leaves it.
 
-    Where a gradient is asked for, the epilogue is an activation that can be told from what it
-    returns (`activations.KEEP_SIGN`), or nothing. Under autocast x and the parameters are rounded
+    Where a gradient is asked for, the epilogue is an activation that is told by its result
+    (`activations.BY_RESULT`), or nothing. Under autocast x and the parameters are rounded
     to its dtype.
     """
     x = x.settled()
@@ -42,11 +43,20 @@ def conv_gemm(
         z = z.to(dtype)
     norm = (None, False) if x.norm is None or sums is None else (x.norm.centre, x.norm.outer)
     y, *own = _ImplicitGemm.apply(
-        z, sums, weight, bias, *flat(x.prologue), *norm, geometry, epilogue, moments_of
+        z, sums, weight, bias, *flat(x.prologue), *norm, geometry, *flat(epilogue), *_of(moments_of)
     )  # type: ignore[misc]
+    if torch.is_grad_enabled() and not epilogue.is_identity:
+        y = _Activated.apply(y, *_of(epilogue.activation))
     if moments_of is None:
         return Deferred(y)
     return Deferred(y, own=Moments(*own), own_of=moments_of)
+
+
+def _of(activation: Activation | None) -> tuple[Any, ...]:
+    """An activation as arguments; see `flat` for why its numbers are made such."""
+    if activation is None:
+        return None, 0.0, 0.0
+    return activation.name, float(activation.p), float(activation.q)
 
 
 class _ImplicitGemm(Function):
@@ -56,27 +66,26 @@ class _ImplicitGemm(Function):
     def forward(
         ctx: Any, x: Tensor, sums: Any, w: Tensor, b: Tensor | None, *rest: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        *pending, centre, ctx.outer, ctx.geometry, epilogue, moments_of = rest
+        pending, (centre, ctx.outer, ctx.geometry), leaving, of = (
+            rest[:8], rest[8:11], rest[11:19], rest[19:],
+        )  # fmt: skip
         s1, t1, *ctx.inner, slope, s2, t2 = pending
         ctx.nb_others = len(rest)
         ctx.is_summed = sums is not None
         z, loaded = _operand(x, unflat(pending), w)
         y, mean, var = ops.conv_fprop(
-            z, loaded, w, b, ctx.geometry, epilogue=epilogue, moments_of=moments_of
-        )
-        ctx.activation = epilogue.activation
-        kept = None if epilogue.is_identity else y  # whose sign tells the slope of the activation
-        ctx.save_for_backward(x, w, s1, t1, slope, s2, t2, centre, kept)
+            z, loaded, w, b, ctx.geometry, epilogue=unflat(leaving),
+            moments_of=None if of[0] is None else Activation(*of),
+        )  # fmt: skip
+        ctx.save_for_backward(x, w, s1, t1, slope, s2, t2, centre)
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
 
     @staticmethod
     @first_order
     def backward(ctx: Any, g: Tensor, *moments: Any) -> tuple:
-        x, w, s1, t1, slope, s2, t2, centre, kept = ctx.saved_tensors
+        x, w, s1, t1, slope, s2, t2, centre = ctx.saved_tensors
         prologue = unflat((s1, t1, *ctx.inner, slope, s2, t2))
-        if kept is not None:
-            g = ops.prologue_dgrad(g, kept, Prologue(activation=ctx.activation), None, False)
         dz = dsums = dw = db = None
         if ctx.needs_input_grad[0] or ctx.is_summed:
             of = x if ctx.is_summed else None
@@ -89,6 +98,26 @@ class _ImplicitGemm(Function):
             dw = dw.to(w.dtype) if ctx.needs_input_grad[2] else None
             db = db.to(w.dtype) if ctx.needs_input_grad[3] else None
         return dz, dsums if ctx.is_summed else None, dw, db, *[None] * ctx.nb_others
+
+
+class _Activated(Function):
+    """What left its convolution activated, for which this makes the difference in the graph alone:
+    the result tells the slope. A node of its own, so that the gradient of the result is gone when
+    that of the convolution is computed."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, name: str, p: float, q: float) -> Tensor:
+        ctx.activation = Activation(BY_RESULT[name], p, q)
+        out = y.view_as(y)
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, g: Tensor) -> tuple:
+        (out,) = ctx.saved_tensors
+        dy = ops.prologue_dgrad(g, out, Prologue(activation=ctx.activation), None, False)
+        return dy, None, None, None
 
 
 def _operand(x: Tensor, prologue: Prologue, w: Tensor) -> tuple[Tensor, Prologue]:

@@ -78,29 +78,34 @@ class Norm(NamedTuple):
 def standardize(
     own: Moments, before: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float,
     pool: Pool, voxels: int,
-) -> tuple[Tensor, int]:  # fmt: skip
-    """What `reference.norm_finalize` returns, (5, N, C), and how many values each pool holds."""
+) -> tuple[Tensor, Moments, Any]:  # fmt: skip
+    """What `reference.norm_finalize` returns, (5, N, C); the pooled moments, a row for each sample
+    (at least one of a batch); and by what their variances are to be multiplied to be unbiased."""
     n, c = own.mean.shape
     count = voxels * {"group": c // pool.groups, "batch": n}.get(pool.kind, 1)
-    pooling = pool.pooling
-    if pool.process_group is not None:
-        local = ops.norm_finalize(own, before, None, None, eps, pooling)
-        own, count = _moments_of_all(Moments(local[0], local[1]), count, pool.process_group)
-        pooling = Pooling("fixed")
-    return ops.norm_finalize(own, before, gamma, beta, eps, pooling), count
+    if pool.process_group is None:
+        tables = ops.norm_finalize(own, before, gamma, beta, eps, pool.pooling)
+        return tables, Moments(tables[0], tables[1]), count / max(count - 1, 1)
+    local = ops.norm_finalize(own, before, None, None, eps, pool.pooling)
+    pooled, total = _moments_of_all(Moments(local[0], local[1]), count, pool.process_group)
+    fixed = Moments(*(one.repeat(n, 1) for one in pooled))
+    tables = ops.norm_finalize(fixed, before, gamma, beta, eps, Pooling("fixed"))
+    return tables, pooled, total / (total - 1).clamp(min=1)  # which the host need not know
 
 
-def _moments_of_all(own: Moments, count: int, group: Any) -> tuple[Moments, int]:
-    """Those of a batch that is spread over processes, by the formula of Chan et al. (1979)."""
-    n, c = own.mean.shape
-    sent = torch.cat([own.mean[0], own.var[0], own.mean.new_full((1,), count)])
+def _moments_of_all(own: Moments, count: int, group: Any) -> tuple[Moments, Tensor]:
+    """Those of a batch that is spread over processes (1, C), by the formula of Chan et al. (1979),
+    and of how many values they are. A process may have no sample: its share is zeros."""
+    c = own.mean.shape[1]
+    mine = (own.mean[:1].sum(0), own.var[:1].sum(0))
+    sent = torch.cat([*mine, own.mean.new_full((1,), count)])
     every = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
     dist.all_gather(every, sent, group=group)
     means, variances, counts = torch.stack(every).split([c, c, 1], dim=1)
     weights = counts / counts.sum()
-    mean = (weights * means).sum(0)
-    var = (weights * (variances + (means - mean).square())).sum(0)
-    return Moments(mean.repeat(n, 1), var.repeat(n, 1)), int(counts.sum())
+    mean = (weights * means).sum(0, keepdim=True)
+    var = (weights * (variances + (means - mean).square())).sum(0, keepdim=True)
+    return Moments(mean, var), counts.sum()
 
 
 def _mean_of_all(sums: Tensor, count: int, group: Any) -> Tensor:

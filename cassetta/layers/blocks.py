@@ -18,7 +18,7 @@ from cassetta.core.typing import (
     SeparableType,
 )
 from cassetta.functional import Deferred, defer, materialize
-from cassetta.kernels.activations import KEEP_SIGN
+from cassetta.kernels.activations import told_by_result
 from cassetta.kernels.types import Activation, Prologue
 from cassetta.layers import fusing
 from cassetta.layers.activations import make_activation
@@ -143,41 +143,58 @@ class ConvBlock(Stack):
         return Deferred(out)
 
     def _library(self, x: Deferred, layers: dict[str, Any]) -> Deferred:
-        steps = [letter for letter in self.order if layers[letter] is not None]
-        act = self._leaving(steps, layers)
-        for letter in steps:
-            layer = layers[letter]
+        steps, leaving = self._steps(layers)
+        here = steps.index("c")
+        for n, letter in enumerate(steps):
             if letter == "c":
-                x = functional.conv_deferred(x, layer.weight, layer.bias, layer.geometry, act)
-            elif letter != "a" or act is None:
-                x = fusing.step(letter, layer, x)
+                conv = layers["c"]
+                x = functional.conv_deferred(x, conv.weight, conv.bias, conv.geometry, leaving)
+            else:
+                x = self._step(letter, layers, x, n > here)
         return x
 
     def _gemm(self, x: Deferred, layers: dict[str, Any]) -> Deferred:
-        steps = [letter for letter in self.order if layers[letter] is not None]
+        steps, leaving = self._steps(layers)
         here = steps.index("c")
         for letter in steps[:here]:
-            x = fusing.step(letter, layers[letter], x)
+            x = self._step(letter, layers, x, False)
         conv, rest = layers["c"], steps[here + 1 :]
-        if torch.is_grad_enabled():
-            act = self._leaving(steps, layers)
-            epilogue = Prologue(activation=act or Activation())
-            rest = [letter for letter in rest if letter != "a" or act is None]
-        else:  # what needs no statistics leaves with the convolution
+        epilogue = Prologue(activation=leaving or Activation())
+        if not torch.is_grad_enabled():  # what is known beforehand leaves with the convolution
+            rest = rest if leaving is None else ["a", *rest]
             epilogue, rest = fusing.folded(rest, layers, x, conv)
         of = fusing.moments_after(rest, layers)
         x = functional.conv_gemm(x, conv.weight, conv.bias, conv.geometry, epilogue, of)
         for letter in rest:
-            x = fusing.step(letter, layers[letter], x)
+            x = self._step(letter, layers, x, True)
         return x
 
+    def _steps(self, layers: dict[str, Any]) -> tuple[list[str], Activation | None]:
+        """The layers that there are, by letter, and the activation that leaves with a convolution.
+
+        Which is one that stands next to it, and that is told by its result.
+        """
+        steps = [letter for letter in self.order if layers[letter] is not None]
+        told = self._told(layers)
+        if told is None or "ca" not in "".join(steps):
+            return steps, None
+        steps.remove("a")
+        return steps, told
+
+    def _step(self, letter: str, layers: dict[str, Any], x: Deferred, after: bool) -> Deferred:
+        """What a layer, before or after the convolution, makes of x."""
+        told = self._told(layers) if letter == "a" and after else None
+        if told is not None:
+            return functional.activated_at_once(x, told)
+        return fusing.step(letter, layers[letter], x)
+
     @staticmethod
-    def _leaving(steps: list[str], layers: dict[str, Any]) -> Activation | None:
-        """The activation that leaves with the convolution, where no norm needs what precedes it."""
-        if layers["n"] is not None or "ca" not in "".join(steps):
+    def _told(layers: dict[str, Any]) -> Activation | None:
+        """The activation, if its result is all that its gradient needs, and no norm needs more."""
+        if layers["a"] is None or layers["n"] is not None:
             return None
         act = fusing.activation_of(layers["a"])
-        return act if act is not None and act.name in KEEP_SIGN and act.p >= 0 else None
+        return act if act is not None and told_by_result(act) else None
 
     def in_order(self) -> Iterator[nn.Module]:
         """The layers that there are, in the order of the word; then what was appended since.

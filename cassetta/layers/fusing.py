@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed as dist, nn
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from cassetta.functional import Deferred, Pool, defer, materialize
@@ -20,7 +20,13 @@ from cassetta.kernels.dispatch import Choice
 from cassetta.kernels.types import Activation, Moments, Prologue
 from cassetta.layers.conv import Conv
 from cassetta.layers.dropout import ChannelDropout
-from cassetta.layers.norm import BatchNorm, InstanceNorm, LayerNorm, check_statistics
+from cassetta.layers.norm import (
+    BatchNorm,
+    InstanceNorm,
+    LayerNorm,
+    check_statistics,
+    process_group,
+)
 
 _ANY = (1, 2, 3)  # for how many spatial dimensions a layer is made
 _BATCH: dict[type, tuple[int, ...]] = {
@@ -95,7 +101,7 @@ def choose(
         Modules by letter: n norm, c conv, d dropout, a activation, x attention; in their order.
     """
     why = _why_plain(block, layers, x)
-    if why is None and _process_group(layers.get("n")) is not None:
+    if why is None and process_group(layers.get("n")) is not None:
         choice = Choice("library", "", "torch's own SyncBatchNorm is for GPUs only")
     else:
         able = [name for name in engines if why_not(name, layers["c"]) is None]
@@ -113,7 +119,7 @@ def key(layers: dict[str, nn.Module | None], image: Tensor) -> str:
         if isinstance(layer, Conv):
             size, dilation, bias = layer.kernel_size, layer.dilation, layer.bias is not None
             words.append(f"conv {layer.out_channels} k{size} d{dilation}{' bias' * bias}")
-        elif letter == "n" and layer is not None:
+        elif letter == "n" and type(layer) in _NORM:
             pool = _pool(layer)
             words.append("fixed norm" if pool is None else f"{pool.kind} norm {pool.groups}")
         elif letter == "d":
@@ -154,7 +160,8 @@ def _why_plain(block: nn.Module, layers: dict[str, nn.Module | None], x: Deferre
         return f"no kernel has the activation {type(activation).__name__}"
     if dropout is not None and x.raw.ndim - 2 not in _DROPOUT.get(type(dropout), ()):
         return f"no kernel has the dropout {type(dropout).__name__} in {x.raw.ndim - 2}-D"
-    return "the batch is empty" if x.raw.shape[0] == 0 else None
+    alone = process_group(norm) is None  # else the other processes wait for what is found here
+    return "the batch is empty" if alone and x.raw.shape[0] == 0 else None
 
 
 def _why_no_norm(norm: Any, x: Tensor) -> str | None:
@@ -237,11 +244,11 @@ def normalized(x: Deferred, norm: Any) -> Deferred:
     pool, batch = _pool(norm), kind in _BATCH
     fixed = Moments(norm.running_mean, norm.running_var) if pool is None else None
     if pool is not None and isinstance(norm, nn.SyncBatchNorm):
-        pool = pool._replace(process_group=_process_group(norm))
+        pool = pool._replace(process_group=process_group(norm))
     track = None
     known = not groups and norm.running_mean is not None
     if pool is not None and known and (norm.track_running_stats or not batch):
-        track = lambda moments, count: _track(norm, moments, count)  # noqa: E731
+        track = lambda moments, unbiased: _track(norm, moments, unbiased)  # noqa: E731
     return x.normalized(norm.weight, norm.bias, norm.eps, pool or Pool("fixed"), fixed, track)
 
 
@@ -272,7 +279,7 @@ def activated(x: Deferred, module: nn.Module) -> Deferred:
     return x.activated(activation, module.weight if isinstance(module, nn.PReLU) else None)
 
 
-def _track(norm: Any, moments: Moments, count: int) -> None:
+def _track(norm: Any, moments: Moments, unbiased: Any) -> None:
     """Update running statistics: those of a batch, or the average over instances."""
     momentum, averaged = norm.momentum, type(norm) in _INSTANCE
     if not averaged and norm.num_batches_tracked is not None:
@@ -280,20 +287,10 @@ def _track(norm: Any, moments: Moments, count: int) -> None:
         if momentum is None:
             momentum = 1.0 / norm.num_batches_tracked.to(norm.running_mean.dtype)
     momentum = 0.0 if momentum is None else momentum
-    unbiased = moments.var * (count / max(count - 1, 1))
-    for running, new in ((norm.running_mean, moments.mean), (norm.running_var, unbiased)):
+    var = moments.var * unbiased
+    for running, new in ((norm.running_mean, moments.mean), (norm.running_var, var)):
         new = new.mean(0) if averaged else new[0]
         running.lerp_(new.to(running.dtype), momentum)
-
-
-def _process_group(norm: Any) -> Any:
-    """The group whose processes share the statistics; None if the process is alone."""
-    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
-        return None
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    group = norm.process_group or dist.group.WORLD
-    return group if dist.get_world_size(group) > 1 else None
 
 
 def fuses(kind: type) -> type:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, distributed as dist, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -188,7 +188,8 @@ def check_statistics(module: nn.Module, batch: int, size: Sequence[int], where: 
         return
     for norm in module.modules():
         if isinstance(norm, _BatchNorm):
-            values = batch * voxels if norm.training or norm.running_mean is None else 2
+            own = norm.training or norm.running_mean is None
+            values = batch * voxels if own and process_group(norm) is None else 2
         elif isinstance(norm, _InstanceNorm):
             values = voxels if norm.training or not norm.track_running_stats else 2
         elif isinstance(norm, nn.GroupNorm):
@@ -200,6 +201,16 @@ def check_statistics(module: nn.Module, batch: int, size: Sequence[int], where: 
                 f"inp has size {tuple(size)} {where}, where a {type(norm).__name__} would have one "
                 "value to normalize: use larger images, larger batches or fewer levels"
             )
+
+
+def process_group(norm: nn.Module | None) -> Any:
+    """The group whose processes share the statistics; None if the process is alone."""
+    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
 
 
 def _without_suffix(name: str) -> str:
