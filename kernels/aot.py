@@ -97,26 +97,26 @@ def check(arch: int) -> Iterator[Report]:
             if activation == "identity":
                 _run_norms(dtype)
         yield from reports
-    for n, (dtype, channels) in enumerate(itertools.product(configs.dtypes(), _CHANNELS)):
-        pairs = itertools.zip_longest(
-            *(configs.Product(name, (1, 1), 1, (1,), (1,), (1,), dtype).plans
-              for name in ("conv_fprop", "conv_wgrad"))
-        )  # fmt: skip
-        for m, plans in enumerate(pairs):
-            used = [plan for plan in plans if plan is not None]
+    for n, dtype in enumerate(configs.dtypes()):
+        gemm, wgrad = (
+            configs.Product(name, (1, 1), 1, (1,), _SAME, dtype).plans
+            for name in ("conv_fprop", "conv_wgrad")
+        )
+        for m in range(len(_CHANNELS)):  # as many as there are plans
+            plans = gemm[m % len(gemm)], wgrad[m % len(wgrad)]
+            channels = _CHANNELS[(m + 2 * n) % len(_CHANNELS)]
             reports = []
-            case = f"{str(dtype).removeprefix('torch.')} {channels} channels"
-            with (
-                recorded(arch, f"{case}, {' and '.join(map(str, used))}", reports),
-                configs.use_plan(*used),
-                _precision(("tf32", "ieee")[m % 2]),
-            ):
+            kind = str(dtype).removeprefix("torch.")
+            case = f"{kind} {channels} channels, {plans[0]}, {plans[1]}"
+            exact = _precision("ieee" if m % 2 else "tf32")
+            with recorded(arch, case, reports), configs.use_plan(*plans), exact:
                 name = activations.NAMES[(n * 5 + m) % len(activations.NAMES)]
                 _run_convolutions(dtype, channels, name, full=(n + m) % 2 == 0)
             yield from reports
 
 
 _CHANNELS = (5, 21, 32, 64, 128)
+_SAME = Geometry((1,), ((0, 0),), (1,))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cassetta.kernels import evidence
+from cassetta.kernels.types import Geometry
 
 REGISTERS = 255
 """Of a thread of a convolution, at most. Said so, or the compiler keeps to fewer, and spills."""
@@ -118,12 +119,10 @@ class GemmPlan(NamedTuple):
     block_m: int = 128  # voxels of a tile
     block_n: int = 128  # channels of a tile, at most
     block_k: int = 64  # channels that are multiplied in a step, at most
-    warps: int = 8
     stages: int = 3
 
     def __str__(self) -> str:
-        sizes = f"{self.block_m} x {self.block_n} x {self.block_k}"
-        return f"{sizes}, {self.warps} warps, {self.stages} stages"
+        return f"{self.block_m} x {self.block_n} x {self.block_k}, {self.stages} stages"
 
 
 class WgradPlan(NamedTuple):
@@ -132,12 +131,10 @@ class WgradPlan(NamedTuple):
     rows: int = 64  # taps x channels of a tile
     block_n: int = 64  # channels of a tile, at most
     block_v: int = 32  # voxels that are multiplied in a step
-    warps: int = 4
     stages: int = 3
 
     def __str__(self) -> str:
-        sizes = f"{self.rows} x {self.block_n} x {self.block_v}"
-        return f"{sizes}, {self.warps} warps, {self.stages} stages"
+        return f"{self.rows} x {self.block_n} x {self.block_v}, {self.stages} stages"
 
 
 PLANS = (Plan(), Plan(1024, 4), Plan(1024, 8), Plan(4096, 16))
@@ -145,15 +142,14 @@ PLANS = (Plan(), Plan(1024, 4), Plan(1024, 8), Plan(4096, 16))
 bits, or 4; 16 made the compiler for sm_100 spill."""
 
 GEMM_PLANS = (
-    GemmPlan(), GemmPlan(128, 64, 64, 4), GemmPlan(256, 64, 32, 8), GemmPlan(128, 128, 32, 8, 4),
-    GemmPlan(64, 64, 64, 4, 4), GemmPlan(128, 256, 64, 8),
+    GemmPlan(), GemmPlan(128, 64, 64), GemmPlan(128, 128, 32, 4), GemmPlan(64, 64, 64, 4),
+    GemmPlan(64, 128, 64),
 )  # fmt: skip
 WGRAD_PLANS = (
-    WgradPlan(), WgradPlan(128, 64, 32, 4), WgradPlan(64, 128, 32, 4), WgradPlan(128, 128, 32, 8),
-    WgradPlan(64, 64, 64, 4),
+    WgradPlan(), WgradPlan(128, 64, 32), WgradPlan(64, 128, 32), WgradPlan(64, 64, 64),
 )  # fmt: skip
-_GEMM_PLANS_32 = (GemmPlan(64, 64, 32, 4), GemmPlan(128, 64, 32, 8), GemmPlan(64, 64, 16, 4))
-_WGRAD_PLANS_32 = (WgradPlan(64, 64, 32, 4), WgradPlan(64, 32, 32, 4))
+_GEMM_PLANS_32 = (GemmPlan(64, 64, 32), GemmPlan(64, 64, 16), GemmPlan(64, 32, 32))
+_WGRAD_PLANS_32 = (WgradPlan(64, 64, 32), WgradPlan(64, 32, 32))
 """Of float32, whose operands are twice as large."""
 
 REDUCED = 64
@@ -167,6 +163,7 @@ class Pass(NamedTuple):
     name: str
     image: Tensor
     last: bool  # whether channels come last
+    plans: tuple[Plan, ...] = PLANS
 
     @property
     def key(self) -> str:
@@ -189,19 +186,19 @@ class Product(NamedTuple):
     shape: tuple[int, ...]  # of the image that the convolution reads
     channels: int  # of what it returns
     taps: tuple[int, ...]
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
+    geometry: Geometry
     dtype: torch.dtype
 
     @property
     def key(self) -> str:
         """In words."""
         shape, dtype = "x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch.")
-        to = f"{shape} to {self.channels}"
-        return f"{self.name} {to}, k{self.taps} s{self.stride} d{self.dilation}, {dtype}"
+        stride, padding, dilation, _ = self.geometry
+        how = f"k{self.taps} s{stride} p{padding} d{dilation}"
+        return f"{self.name} {shape} to {self.channels}, {how}, {dtype}"
 
     @property
-    def plans(self) -> tuple[Any, ...]:
+    def plans(self) -> tuple[GemmPlan, ...] | tuple[WgradPlan, ...]:
         """The plans that may run it, the first by rule."""
         if self.dtype.itemsize == 2:
             return WGRAD_PLANS if self.name == "conv_wgrad" else GEMM_PLANS
@@ -220,50 +217,64 @@ def of(name: str, x: Tensor, strides: tuple[int, int, int], reduce: bool) -> Con
     """The launch of a pass over an image of these strides (of samples, channels, voxels)."""
     n, c, *size = x.shape
     last = strides[1] == 1 and c > 1
-    plan = _plan(Pass(name, x, last), PLANS, x.device)
+    plan = _plan(Pass(name, x, last), x.device)
     return over_voxels(n, c, math.prod(size), last, reduce, plan)
 
 
-def gemm(product: Product, samples: int, voxels: int, device: torch.device) -> GemmConfig:
-    """The launch of a product of `voxels` rows per sample."""
+def gemm(
+    product: Product, samples: int, voxels: int, device: torch.device, heavy: bool
+) -> GemmConfig:
+    """The launch of a product of `voxels` rows per sample; `heavy` if much is fused with it."""
     k, c = product.channels, product.shape[1]
     if product.name == "conv_dgrad":
         k, c = c, k
-    plan = _plan(product, product.plans, device)
+    plan = _plan(product, device)
     block_n = max(16, min(_power(k), plan.block_n))
     block_k = max(16, min(_power(c), plan.block_k))
-    warps = max(4, plan.warps * block_n // plan.block_n)
+    exact = precision(product.dtype) == "ieee"
+    if heavy or exact:
+        block_n, block_k = min(block_n, 64), min(block_k, 16 if exact else 32)
+    warps = _warps(16 if exact else 32 if heavy else 64, plan.block_m * max(block_n, block_k))
     tiles, k_blocks = -(-voxels // plan.block_m), -(-k // block_n)
     programs = samples * tiles * k_blocks
     return GemmConfig(plan.block_m, block_n, block_k, tiles, k_blocks, programs, warps, plan.stages)
 
 
-def wgrad(product: Product, voxels: int, device: torch.device) -> WgradConfig:
-    """The launch of a product over `voxels` of each sample.
+def wgrad(product: Product, voxels: int, device: torch.device, heavy: bool) -> WgradConfig:
+    """The launch of a product over `voxels` of each sample; `heavy` if much is fused with it.
 
     As many splits as fill a large GPU, of 512 voxels at least, so that adding their shares is
     nothing beside computing them.
     """
     samples, c = product.shape[:2]
     taps = math.prod(product.taps)
-    plan = _plan(product, product.plans, device)
+    plan = _plan(product, device)
     block_n = max(16, min(_power(product.channels), plan.block_n))
     block_c = max(16, min(_power(c), plan.rows))
     block_t = min(_power(taps), max(1, plan.rows // block_c))
+    exact = precision(product.dtype) == "ieee"
+    block_v = min(plan.block_v, 16) if exact else plan.block_v
+    warps = _warps(16 if exact or heavy else 32, block_t * block_c * max(block_n, block_v))
     t_blocks, c_blocks = -(-taps // block_t), -(-c // block_c)
     k_blocks = -(-product.channels // block_n)
     others = samples * t_blocks * c_blocks * k_blocks
     splits = max(1, min(2048 // max(others, 1), voxels // 512))
-    part = -(-voxels // (splits * plan.block_v)) * plan.block_v
+    part = -(-voxels // (splits * block_v)) * block_v
     splits = max(1, -(-voxels // part))
     return WgradConfig(
-        block_t, block_c, block_n, plan.block_v, part, splits, c_blocks, k_blocks,
-        others * splits, plan.warps, plan.stages,
+        block_t, block_c, block_n, block_v, part, splits, c_blocks, k_blocks,
+        others * splits, warps, plan.stages,
     )  # fmt: skip
 
 
-def _plan(what: Pass | Product, plans: tuple[Any, ...], device: torch.device) -> Any:
+def _warps(most: int, tile: int) -> int:
+    """Enough that a thread holds no more than so much of a tile, and its registers do not spill."""
+    return 4 if tile <= 4 * 32 * most else 8
+
+
+def _plan(what: Pass | Product, device: torch.device) -> Any:
     """The plan that was the fastest by measurement; the first where none was measured."""
+    plans = what.plans
     forced = _forced.get(type(plans[0]))
     if forced is not None or device.type == "meta":
         return forced or plans[0]
@@ -324,8 +335,8 @@ def over_chunks(n: int, chunks: int, c: int) -> Config:
 
 def precision(dtype: torch.dtype) -> str:
     """How products of this dtype are rounded: as torch lets cuDNN do it."""
-    short = dtype is torch.float32 and torch.backends.cudnn.allow_tf32
-    return "tf32" if short else "ieee"
+    exact = dtype is torch.float32 and not torch.backends.cudnn.allow_tf32
+    return "ieee" if exact else "tf32"  # which says nothing of half precision
 
 
 def over_pools(pools: int, members: int) -> PoolConfig:

@@ -55,8 +55,7 @@ def conv_transposed(
 
 def _product(fine: Tensor, coarse: Tensor, w: Tensor, geometry: Geometry) -> Product:
     return Product(
-        "conv_dgrad", tuple(fine.shape), coarse.shape[1], tuple(w.shape[2:]), geometry.stride,
-        geometry.dilation, w.dtype,
+        "conv_dgrad", tuple(fine.shape), coarse.shape[1], tuple(w.shape[2:]), geometry, w.dtype,
     )  # fmt: skip
 
 

@@ -194,7 +194,7 @@ def conv_fprop(
     x2 = None if x2 is None else layout.in_words(x2)
     product = Product(
         "conv_fprop", (x.shape[0], *w.shape[1:2], *x.shape[2:]), w.shape[0], tuple(w.shape[2:]),
-        geometry.stride, geometry.dilation, w.dtype,
+        geometry, w.dtype,
     )  # fmt: skip
     found = run(
         product, layout.in_words(x), p, packed[0], b, y, steps, x2=x2,
@@ -219,7 +219,9 @@ def run(
     voxels = steps.out[0] * steps.out[1] * steps.out[2]
     taps = steps.taps[0] * steps.taps[1] * steps.taps[2]
     outs, taps = (taps, 1) if scatter else (1, taps)
-    config = configs.gemm(product, n * outs, voxels, x.device)
+    heavy = image is not None or not p.is_identity or not epilogue.is_identity
+    heavy |= moments_of is not None and moments_of.name not in ("identity", "relu", "leaky_relu")
+    config = configs.gemm(product, n * outs, voxels, x.device, heavy)
     tables: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     chunks = outs * config.tiles
     sums = None if centre is None else torch.empty(2, n, chunks, k, **tables)

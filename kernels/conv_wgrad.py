@@ -87,10 +87,8 @@ def conv_wgrad(
     (n, c), k = x.shape[:2], g.shape[1]
     inp, out, size, stride, before, dilation = walk(x, taps, geometry)
     voxels, many = out[0] * out[1] * out[2], size[0] * size[1] * size[2]
-    product = configs.Product(
-        "conv_wgrad", tuple(x.shape), k, taps, geometry.stride, geometry.dilation, g.dtype
-    )
-    config = configs.wgrad(product, voxels, x.device)
+    product = configs.Product("conv_wgrad", tuple(x.shape), k, taps, geometry, g.dtype)
+    config = configs.wgrad(product, voxels, x.device, not p.is_identity)
     tables = {"dtype": torch.float32, "device": x.device}
     dw = torch.empty(n * config.splits, many, c, k, **tables)
     db = torch.empty(n * config.splits, k, **tables)

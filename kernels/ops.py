@@ -225,7 +225,7 @@ def _norm_finalize_backward(sums: Tensor, *rest: Any) -> Tensor:
 
 def _laid_out(out: Tensor, x: Tensor) -> Tensor:
     """An image in the layout that compilers are told of: that of `layout.like(x)`."""
-    if out.stride() == x.stride():
+    if out.stride() == x.stride() and layout.strides(x) is not None:
         return out
     shadow = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
     if out.stride() == layout.like(shadow, x.dtype).stride():

@@ -112,14 +112,15 @@ def kernels(monkeypatch):
 
 @pytest.fixture(params=["library", "gemm"])
 def engine(request):
-    """Which engine runs every fused block in this test.
-
-    The interpreter takes its time per step, whatever its size: large tiles, where no GPU has to
-    hold them.
-    """
-    large = configs.GemmPlan(1024, 128, 128), configs.WgradPlan(512, 128, 512)
-    with dispatch.use_engine(request.param), configs.use_plan(*(large if DEVICE == "cpu" else ())):
+    """Which engine runs every fused block in this test."""
+    with dispatch.use_engine(request.param), large_tiles():
         yield request.param
+
+
+def large_tiles():
+    """The interpreter takes its time per step, whatever its size, and no GPU has to hold it."""
+    large = configs.GemmPlan(1024, 128, 128), configs.WgradPlan(512, 128, 512)
+    return configs.use_plan(*(large if DEVICE == "cpu" else ()))
 
 
 def _poisoned(make):

@@ -47,6 +47,44 @@ for name, ptx in found:
         assert (wide, narrow) == ("True", "0"), name
 
 
+@pytest.mark.parametrize("channels", [21, 64])
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_convolutions_feed_tensor_cores_by_16_bytes(arch, channels):
+    """Operands are copied ahead, in words of 16 bytes, by cp.async where a tile is read as it is;
+    images are written so, too. Narrow loads are of the bias alone, and of nothing large."""
+    out = run(f"""
+import re, torch, triton
+from cassetta.kernels import aot, conv_dgrad, conv_fprop, conv_wgrad, layout
+from cassetta.kernels.types import NOTHING, Activation, Geometry
+c, found, compile_ = {channels}, [], triton.compile
+def spy(*args, **options):
+    found.append(compile_(*args, **options))
+    return found[-1]
+triton.compile = spy
+x = layout.empty((1, c, 32, 32, 32), torch.bfloat16, "meta")
+w = torch.empty(c, c, 3, 3, 3, dtype=x.dtype, device="meta")
+same = Geometry((1, 1, 1), ((2, 2),) * 3, (2, 2, 2))
+with aot.recorded({arch}, "", []):
+    conv_fprop.conv_fprop(x, NOTHING, w, None, same, moments_of=Activation("relu"))
+    conv_dgrad.conv_dgrad(x, w, same, (32, 32, 32))
+    conv_wgrad.conv_wgrad(x, x, NOTHING, (3, 3, 3), same)
+for built in found:
+    ptx, name = built.asm["ptx"], built.metadata.name
+    if "combine" in name:
+        continue
+    cores = any(re.search(aot._MMA[kind], ptx) for kind in {{80: ["mma"], 90: ["wgmma"],
+        100: ["tcgen05", "mma"]}}[{arch}])
+    ahead = len(re.findall(r"cp\\.async\\.cg\\.shared\\.global.*0x10", ptx))
+    short = len(re.findall(r"cp\\.async\\.ca\\.shared\\.global.*0x[48]\\b", ptx))
+    narrow = len(re.findall(r"(?:ld|st)\\.global\\S*\\.b16", ptx))
+    print(name, cores, ahead > 0, short, narrow)
+""")
+    rows = [line.split() for line in out.splitlines()]
+    assert [row[0] for row in rows] == ["_conv_kernel", "_conv_kernel", "_conv_wgrad_kernel"]
+    for name, *found in rows:
+        assert found == ["True", "True", "0", "0"], name
+
+
 def test_a_fault_is_an_excess():
     out = run("""
 from cassetta.kernels.aot import Report

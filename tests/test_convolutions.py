@@ -3,8 +3,9 @@
 import pytest
 import torch
 from conftest import DEVICE
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from cassetta.kernels import configs, dispatch, layout, reference, tile
+from cassetta.kernels import configs, dispatch, layout, ops, reference, tile
 from cassetta.kernels.types import NOTHING, Activation, Geometry, Prologue
 
 from compare import assert_near
@@ -147,7 +148,7 @@ def test_images_in_any_layout(layout, kernels):
             larger = torch.full((image.shape[0], *image.shape[2:], c + 8 + -c % 8), float("nan"))
             q[name] = larger.to(kernels)[..., :c].movedim(-1, 1).copy_(image)
         elif layout == "last":
-            q[name] = image.movedim(1, -1).contiguous().movedim(-1, 1)
+            q[name] = _last(image)
     assert_as_good_as_torch(dispatch.passes(q["x"]), q)
 
 
@@ -210,8 +211,8 @@ def test_weights_gather_what_programs_share(splits, kernels):
     """A sum over more voxels than one program visits, in order."""
     x, g = torch.randn(2, 8, 1500 * splits), torch.randn(2, 8, 1500 * splits)
     geometry = Geometry((1,), ((1, 1),), (1,))
-    product = configs.Product("conv_wgrad", tuple(x.shape), 8, (3,), (1,), (1,), x.dtype)
-    assert configs.wgrad(product, x.shape[2], x.device).splits >= splits
+    product = configs.Product("conv_wgrad", tuple(x.shape), 8, (3,), geometry, x.dtype)
+    assert configs.wgrad(product, x.shape[2], x.device, False).splits >= splits
     dw, db = dispatch.passes(x.to(kernels)).conv_wgrad(
         g.to(kernels), x.to(kernels), NOTHING, (3,), geometry
     )
@@ -226,3 +227,41 @@ def test_every_plan(plan, kernels):
     q = problem("meshnet 26", torch.float16, kernels)
     with configs.use_plan(plan):
         assert_as_good_as_torch(dispatch.passes(q["x"]), q)
+
+
+@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize("run", ["reference", "triton"])
+@pytest.mark.parametrize("name", [name for name in ops.NAMES if name.startswith("conv")])
+def test_operators_are_registered_as_torch_wants_them(name, run, layout, request):
+    device = request.getfixturevalue("kernels") if run == "triton" else torch.device("cpu")
+    q = problem("halved" if name == "conv_transposed" else "even taps", torch.float32, device, True)
+    if layout == "last":
+        q = {key: _last(t) if key in ("x", "x2", "g", "r", "coarse") else t for key, t in q.items()}
+    x, w, g, geometry, taps = q["x"], q["w"], q["g"], q["geometry"], tuple(q["w"].shape[2:])
+    both = torch.cat([w, q["w2"]], 1)
+    calls = {
+        "conv_fprop": lambda: ops.conv_fprop(
+            x, q["p"], both, q["b"], geometry, q["x2"], q["e"], q["r"], Activation("relu")
+        ),
+        "conv_dgrad": lambda: ops.conv_dgrad(
+            g, w, geometry, tuple(x.shape[2:]), x, q["of_x"], q["centre"], True
+        ),
+        "conv_wgrad": lambda: ops.conv_wgrad(g, x, q["p"], taps, geometry),
+        "conv_transposed": lambda: ops.conv_transposed(q["coarse"], q["e"], w, q["b2"], geometry),
+    }
+    seen = []
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "cassetta":
+                seen.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    with Spy():
+        calls[name]()
+    ((operator, arguments),) = seen
+    torch.library.opcheck(operator, arguments)
+
+
+def _last(image):
+    return image.movedim(1, -1).contiguous().movedim(-1, 1)

@@ -225,7 +225,7 @@ def test_on_a_gpu_every_engine_meets_every_peer():
     gpu = torch.device("cuda")
     case = cases.find("nnunet-plain")
     found = [(r.engine, r.role) for r in peers.rivals(case, gpu, "eager", ["last"])]
-    ours = [("auto", "ours"), ("library", "ours"), ("reference", "ours")]
+    ours = [(name, "ours") for name in ("auto", "library", "gemm", "reference")]
     assert found == [*ours, ("eager", "peer"), ("nnunet", "peer")]
     signal = peers.rivals(cases.find("unet1d"), gpu, "eager", peers.LAYOUTS)
     assert {r.layout for r in signal} == {"first"}
@@ -236,22 +236,22 @@ def test_an_engine_that_comes_later_is_a_row_and_runs(monkeypatch):
     """By nothing but its name in the table of engines; and a wrong one is refused."""
     ran = []
 
-    def gemm(block, x, layers):
+    def halo(block, x, layers):
         ran.append(block)
         out = block._plain(x, layers)
         return out if len(ran) <= nb_right else blocks.Deferred(1.1 * out.raw)
 
-    monkeypatch.setitem(blocks.ENGINES, "gemm", gemm)
+    monkeypatch.setitem(blocks.ENGINES, "halo", halo)
     monkeypatch.setattr(dispatch, "why_no_triton", lambda: None)
     monkeypatch.setattr(dispatch, "_why_no_kernel", lambda x: None)
     make = lambda: ConvBlock(3, 5, 5, activation="SiLU", norm="instance")  # noqa: E731
     case = cases.find("block-5-d1")._replace(make=make)  # smooth: no kink for rounding to flip
     rivals = {r.engine: r for r in peers.rivals(case, torch.device("cuda"), "eager", ["first"])}
-    assert [*rivals] == ["auto", "library", "gemm", "reference", "eager"]
+    assert [*rivals] == ["auto", "library", "gemm", "halo", "reference", "eager"]
     task = stages.Task(case, "forward+backward", torch.float32, CPU, small=True)
     stage = stages.NetworkStage(task, ["first"], roofs.Roofs(1e10, 1e11))
     nb_right = 1000
-    ready = stage.prepare(rivals["gemm"])
+    ready = stage.prepare(rivals["halo"])
     before = len(ran)
     ready.run(1)
     assert len(ran) == before + 1
@@ -259,7 +259,7 @@ def test_an_engine_that_comes_later_is_a_row_and_runs(monkeypatch):
     assert len(ran) == before + 1
     nb_right = 0
     with pytest.raises(stages.Wrong, match="its output is off by"):
-        stage.prepare(rivals["gemm"])
+        stage.prepare(rivals["halo"])
     assert dispatch._forced is None
 
 

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import large_tiles
 
 from cassetta.cli import main
 from cassetta.kernels import activations, configs, dispatch
@@ -12,13 +13,17 @@ from cassetta.measure import agreement, checking
 
 @pytest.fixture
 def few(monkeypatch, kernels):
-    """Two activations, one dtype, a block and a network."""
+    """Two activations, one dtype, a convolution, a block and a network."""
     monkeypatch.setattr(activations, "NAMES", ("relu", "prelu"))
     monkeypatch.setattr(configs, "dtypes", lambda: (torch.float32,))
+    _, *how = checking.CONVOLUTIONS["even"]
+    some = {"even": ((1, 8, 9, 7), *how)}
+    monkeypatch.setattr(checking, "CONVOLUTIONS", some)
     for part, name in (("_blocks", "block, instance norm"), ("_networks", "MeshNet")):
         whole = getattr(checking, part)()
         monkeypatch.setattr(checking, part, lambda name=name, whole=whole: {name: whole[name]})
-    return kernels
+    with large_tiles():
+        yield kernels
 
 
 def spoil(monkeypatch, name, run):
@@ -31,7 +36,9 @@ def test_what_is_right_passes(few):
     rows = [*checking.check(few)]
     assert [row.why for row in rows] == [None] * len(rows)
     names = [row.what for row in rows]
-    assert names == [*agreement.PASSES * 2, "block, instance norm", "MeshNet"]
+    products = ["conv_fprop", "conv_dgrad", "conv_wgrad"]
+    nets = [name for name in ("block, instance norm", "MeshNet") for _ in ("library", "gemm")]
+    assert names == [*agreement.PASSES * 2, *products, *nets]
 
 
 def test_what_is_wrong_is_named(monkeypatch, few):
@@ -59,7 +66,7 @@ def test_a_network_that_is_not_fused_is_no_success(monkeypatch, few):
 
 def test_the_command_says_what_is_at_fault(monkeypatch, few, capsys):
     assert main(["check"]) == 0
-    assert "12 comparisons on" in capsys.readouterr().out
+    assert "17 comparisons on" in capsys.readouterr().out
     spoil(monkeypatch, "moments", lambda out: (out[0] + 1, out[1]))
     assert main(["check"]) == 1
     out = capsys.readouterr().out

@@ -10,7 +10,7 @@ import torch
 
 import cassetta
 from cassetta.backbones import MeshNet
-from cassetta.kernels import configs, dispatch, evidence, reference
+from cassetta.kernels import configs, dispatch, evidence, library, tile
 from cassetta.layers import ConvBlock, blocks, fusing
 from cassetta.measure import agreement, tuning
 from cassetta.measure.timing import Timing
@@ -33,7 +33,7 @@ def times(monkeypatch, **ms):
     monkeypatch.setattr(
         tuning,
         "interleaved",
-        lambda runs, *rest, **options: {n: Timing(*[ms.get(n, 1.0)] * 3) for n in runs},
+        lambda runs, *rest, **options: {n: Timing(*[ms.get(n, 9.0)] * 3) for n in runs},
     )
 
 
@@ -57,7 +57,7 @@ def test_the_fastest_is_chosen_kept_and_told_of(monkeypatch, open_choice):
     for row in cassetta.explain(net, image):
         assert row.engine == "reference"
         assert row.reason == "measured to be the fastest"
-        assert row.evidence == "measured here: reference 1.5 ms, library 2 ms"
+        assert row.evidence == "measured here: reference 1.5 ms, library 2 ms, gemm 9 ms"
     assert {row.is_new for row in tune(net, image)} == {False}
     times(monkeypatch, library=1.0, reference=1.5)
     assert {row.choice for row in tune(net, image, again=True)} == {"library"}
@@ -114,10 +114,10 @@ def test_an_engine_that_comes_later_is_measured_too(monkeypatch, open_choice):
     times(monkeypatch, library=2.0, reference=1.5)
     net, image = net_and_image()
     assert {row.choice for row in tune(net, image)} == {"reference"}
-    add_engine(monkeypatch, "gemm", lambda block, x, layers: block._plain(x, layers))
-    times(monkeypatch, library=2.0, reference=1.5, gemm=1.0)
-    assert {(row.choice, row.is_new) for row in tune(net, image)} == {("gemm", True)}
-    assert engines(net, image) == {"gemm"}
+    add_engine(monkeypatch, "halo", lambda block, x, layers: block._plain(x, layers))
+    times(monkeypatch, library=2.0, reference=1.5, halo=1.0)
+    assert {(row.choice, row.is_new) for row in tune(net, image)} == {("halo", True)}
+    assert engines(net, image) == {"halo"}
     assert {row.is_new for row in tune(net, image)} == {False}
 
 
@@ -126,7 +126,7 @@ def zeros_where_large(conv):
 
     def convolved(x, w, *rest):
         out = conv(x, w, *rest)
-        return out if x[0].numel() < reference.LARGEST else 0 * out
+        return out if x[0].numel() < library.LARGEST else 0 * out
 
     return convolved
 
@@ -137,13 +137,13 @@ def test_samples_too_large_for_cudnn_are_judged_in_slabs(monkeypatch, open_choic
     def whole(block, x, layers):
         conv = block.conv
         padding = [before for before, _ in conv.geometry.padding]
-        out = reference._CONV[2](x.z(), conv.weight, conv.bias, 1, padding)
+        out = library._CONV[2](x.z(), conv.weight, conv.bias, 1, padding)
         return blocks.Deferred(layers["a"](out))
 
     pieces = []
     largest = agreement._largest
-    monkeypatch.setattr(reference, "LARGEST", 200)
-    monkeypatch.setitem(reference._CONV, 2, zeros_where_large(reference._CONV[2]))
+    monkeypatch.setattr(library, "LARGEST", 200)
+    monkeypatch.setitem(library._CONV, 2, zeros_where_large(library._CONV[2]))
     monkeypatch.setattr(agreement, "SLAB", 50)
     monkeypatch.setattr(
         agreement, "_largest", lambda one: pieces.append(one.numel()) or largest(one)
@@ -291,7 +291,7 @@ def test_nothing_of_the_network_changes_when_it_stops_midway(monkeypatch, open_c
         norm = net[2][0].norm
         monkeypatch.setattr(norm, "forward", stops(norm.forward, 0))
     elif where == "an engine":
-        monkeypatch.setitem(blocks.ENGINES, "library", stops(ConvBlock._fused, 4))
+        monkeypatch.setitem(blocks.ENGINES, "library", stops(ConvBlock._library, 4))
     elif where == "the judge":
         monkeypatch.setattr(agreement, "judge", stops(agreement.judge, 1))
     else:
@@ -322,10 +322,10 @@ def test_a_pass_without_a_right_plan_refuses_its_engine(monkeypatch, kernels):
     right = dispatch._triton_passes()
 
     def moments(x, p):
-        if configs._forced == configs.PLANS[0]:
+        if configs._forced.get(configs.Plan) == configs.PLANS[0]:
             raise RuntimeError("out of shared memory")
         mean, var = right.moments(x, p)
-        return (mean + 1, var) if configs._forced else (mean, var)
+        return (mean + 1, var) if configs.Plan in configs._forced else (mean, var)
 
     wrong = SimpleNamespace(**{**vars(right), "moments": moments})
     monkeypatch.setattr(dispatch, "_triton_passes", lambda: wrong)
@@ -348,10 +348,58 @@ def test_plans_of_passes_are_measured_and_used(monkeypatch, kernels):
     assert {"moments", "materialize", "prologue_sums", "prologue_dgrad"} <= set(found)
     for name in ("moments", "materialize", "prologue_sums", "prologue_dgrad"):
         assert found[name].choice == str(fast)
-        assert configs._measured(name, image, False) == fast
+        assert configs._plan(configs.Pass(name, image, False), image.device) == fast
     used = []
     over = configs.over_voxels
     monkeypatch.setattr(configs, "over_voxels", lambda *a: used.append(a[-1]) or over(*a))
     block(image)
     assert used
     assert set(used) == {fast}
+
+
+def test_plans_of_our_own_convolutions_are_measured_and_used(monkeypatch, kernels):
+    monkeypatch.setattr(dispatch, "SMALL", 0)
+    monkeypatch.setattr(dispatch, "_why_no_kernel", lambda x: None)
+    monkeypatch.setattr(dispatch, "_requested", None)
+    product = configs.Product(
+        "conv_wgrad", (1,), 1, (1,), ConvBlock(1, 1, 1).conv.geometry, torch.float32
+    )
+    fast = {
+        "conv_fprop": product._replace(name="conv_fprop").plans[1],
+        "conv_wgrad": product.plans[1],
+    }
+    times(monkeypatch, **{str(plan): 0.1 for plan in fast.values()}, gemm=0.1)
+    block = ConvBlock(2, 4, 4, norm="instance", order="cndax").to(kernels)
+    image = torch.randn(1, 4, 6, 5, device=kernels)
+    *rows, row = tune(block, image)
+    assert row.choice == "gemm"
+    found = {one.key.split()[0]: one.choice for one in rows}
+    assert found["conv_fprop"] == found["conv_dgrad"] == str(fast["conv_fprop"])
+    assert found["conv_wgrad"] == str(fast["conv_wgrad"])
+    used = []
+    launch = tile.launch
+    monkeypatch.setattr(
+        tile, "launch", lambda k, x, c, *a, **o: used.append(c) or launch(k, x, c, *a, **o)
+    )
+    (chosen,) = cassetta.explain(block, image)
+    assert chosen.engine == "gemm"
+    assert "measured here: " in chosen.evidence
+    block(image).sum().backward()
+    stages = {(type(one), one.stages) for one in used if hasattr(one, "stages")}
+    assert stages == {
+        (configs.GemmConfig, fast["conv_fprop"].stages),
+        (configs.WgradConfig, fast["conv_wgrad"].stages),
+    }
+    blocks = {one.block_m for one in used if isinstance(one, configs.GemmConfig)}
+    assert blocks == {fast["conv_fprop"].block_m}
+
+
+def test_an_engine_without_a_kernel_for_a_block_is_not_timed(monkeypatch, kernels):
+    monkeypatch.setattr(dispatch, "SMALL", 0)
+    monkeypatch.setattr(dispatch, "_why_no_kernel", lambda x: None)
+    monkeypatch.setattr(dispatch, "_requested", None)
+    times(monkeypatch, gemm=0.1)
+    block = ConvBlock(2, 4, 4, norm="instance", optc={"groups": 2}).to(kernels)
+    row = tune(block, torch.randn(1, 4, 6, 5, device=kernels))[-1]
+    assert row.choice != "gemm"
+    assert "gemm refused: our own convolutions have no groups, and this one has 2" in row.evidence

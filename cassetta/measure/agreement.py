@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from cassetta.kernels import dispatch
-from cassetta.kernels.types import Activation, Fold, Prologue
+from cassetta.kernels import dispatch, layout
+from cassetta.kernels.configs import Product
+from cassetta.kernels.types import NOTHING, Activation, Fold, Geometry, Prologue
 
 SLACK = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3.2e-2}
 """On the scale of the largest value. Four roundings to half precision; in float32 a hundred, for
@@ -166,6 +167,45 @@ class Work(NamedTuple):
     @property
     def _sums(self) -> int:
         return 2 if self.prologue.slope is None else 3  # the third is for a slope
+
+
+class ProductWork(NamedTuple):
+    """What a pass of a convolution works on."""
+
+    x: Tensor
+    g: Tensor
+    w: Tensor
+    b: Tensor
+    table: Tensor
+    geometry: Geometry
+
+    @classmethod
+    def drawn(cls, product: Product, device: torch.device) -> "ProductWork":
+        """Drawn for a convolution."""
+        n, c, *size = product.shape
+        k, taps, dtype = product.channels, product.taps, product.dtype
+        out = product.geometry.size_of(size, taps)
+        x, g = (layout.empty(s, dtype, device).normal_() for s in ((n, c, *size), (n, k, *out)))
+        w = torch.randn(k, c, *taps, device=device) * (c * math.prod(taps)) ** -0.5
+        b, table = torch.randn(k, device=device), torch.rand(n, c, device=device) + 0.5
+        return cls(x, g, w.to(dtype), b.to(dtype), table, product.geometry)
+
+    def to(self, dtype: torch.dtype) -> "ProductWork":
+        """All of it in another precision."""
+        x, g, w, b, table = (t.to(dtype) for t in self[:5])
+        return ProductWork(x, g, w, b, table, self.geometry)
+
+    def step(self, passes: Any, name: str) -> Step:
+        """What a pass makes of it, with all that may leave with a product."""
+        x, g, w, b, one, geometry = self
+        p, relu = Prologue(one, one, Activation("silu"), None, one, one), Activation("relu")
+        taps, size = tuple(w.shape[2:]), tuple(x.shape[2:])
+        found = {
+            "conv_fprop": lambda: passes.conv_fprop(x, NOTHING, w, b, geometry, moments_of=relu),
+            "conv_dgrad": lambda: passes.conv_dgrad(g, w, geometry, size, x, p, one),
+            "conv_wgrad": lambda: passes.conv_wgrad(g, x, NOTHING, taps, geometry),
+        }[name]()
+        return Step(tuple(f"result {n}" for n in range(len(found))), tuple(found))
 
 
 PASSES = ("moments", "materialize", "materialize_moments", "prologue_sums", "prologue_dgrad")

@@ -10,11 +10,18 @@ from torch import Tensor, nn
 from cassetta.backbones import ATrousNet, MeshNet, UNet
 from cassetta.explanation import explain
 from cassetta.kernels import activations, configs, dispatch, reference
-from cassetta.kernels.types import Activation
+from cassetta.kernels.types import Activation, Geometry
 from cassetta.layers import ConvBlock, ConvGroup
+from cassetta.layers.blocks import ENGINES
 from cassetta.measure import agreement
 
 SHAPES = ((2, 21, 9, 10, 11), (2, 8, 33, 40), (1, 5, 3000), (3, 64, 8, 8, 8))
+CONVOLUTIONS: dict[str, tuple[tuple[int, ...], int, tuple[int, ...], Geometry]] = {
+    "dilated": ((2, 21, 9, 10, 11), 21, (3, 3, 3), Geometry((1,) * 3, ((2, 2),) * 3, (2,) * 3)),
+    "even": ((2, 8, 33, 40), 40, (2, 4), Geometry((1, 1), ((0, 1), (1, 2)), (1, 1))),
+    "strided": ((1, 64, 8, 9, 8), 128, (2,) * 3, Geometry((2,) * 3, ((0, 0),) * 3, (1,) * 3)),
+    "one tap": ((1, 5, 3000), 30, (1,), Geometry((1,), ((0, 0),), (1,))),
+}
 _CONSTANTS = {"leaky_relu": (0.1, 0.0), "elu": (1.3, 0.0), "softplus": (2.0, 5.0)}
 
 
@@ -37,12 +44,18 @@ def check(device: torch.device) -> Iterator[Checked]:
     for n, (name, dtype) in enumerate(itertools.product(activations.NAMES, dtypes)):
         shape, last = SHAPES[n % len(SHAPES)], n % 3 == 0
         yield from _check_passes(name, dtype, shape, last, device)
+    for (kind, sizes), dtype in itertools.product(CONVOLUTIONS.items(), dtypes):
+        for pass_ in ("conv_fprop", "conv_dgrad", "conv_wgrad"):
+            product = configs.Product(pass_, *sizes, dtype)
+            work = agreement.ProductWork.drawn(product, device)
+            yield Checked(pass_, f"{kind}: {product.key}", _wrong_pass(work, pass_))
     nets = {**_blocks(), **_networks()}
-    for (name, (net, shape)), dtype in itertools.product(nets.items(), dtypes):
+    engines = [engine for engine in ENGINES if engine != "reference"]
+    for (name, (net, shape)), dtype, engine in itertools.product(nets.items(), dtypes, engines):
         image = torch.randn(shape, device=device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            why = _wrong(net.to(device), image, deep=name in _networks())
-            yield Checked(name, _case(dtype, shape, False), why)
+            why = _wrong(net.to(device), image, name in _networks(), engine)
+            yield Checked(name, f"{_case(dtype, shape, False)}, {engine}", why)
 
 
 def _check_passes(
@@ -56,7 +69,7 @@ def _check_passes(
         yield Checked(one, case, _wrong_pass(work, one))
 
 
-def _wrong_pass(work: agreement.Work, name: str) -> str | None:
+def _wrong_pass(work: agreement.Work | agreement.ProductWork, name: str) -> str | None:
     ours = agreement.attempt(lambda: work.step(dispatch.passes(work.x), name))
     if isinstance(ours, str):
         return ours
@@ -64,12 +77,14 @@ def _wrong_pass(work: agreement.Work, name: str) -> str | None:
     return agreement.judge(ours, work.step(reference, name), truth)
 
 
-def _wrong(net: nn.Module, image: Tensor, deep: bool) -> str | None:
-    with dispatch.use_engine("library"):
-        plain = [row for row in explain(net, image) if row.engine != "library"]
-    if plain:
-        return f"{plain[0].name} runs as plain PyTorch: {plain[0].reason}"
-    return agreement.disagreement(net, image, True, "library", deep)
+def _wrong(net: nn.Module, image: Tensor, deep: bool, engine: str) -> str | None:
+    with dispatch.use_engine(engine):
+        other = [row for row in explain(net, image) if row.engine != engine]
+    if other:
+        row = other[0]
+        kind = "plain PyTorch" if row.engine == "reference" else row.engine
+        return f"{row.name} runs as {kind}: {row.reason or row.evidence}"
+    return agreement.disagreement(net, image, True, engine, deep)
 
 
 def _blocks() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:

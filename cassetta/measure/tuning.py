@@ -151,18 +151,19 @@ def _tune_block(ran: fusing.Ran, device: torch.device, training: bool, again: bo
     rows: list[Found] = []
     try:
         images = _images(ran.image, device)
-        refused = {
-            name: why
-            for name in ENGINES
-            if name != "reference"
-            and (why := agreement.disagreement(net, images[0], training, name)) is not None
-        }
-        if "library" not in refused:
+        refused: dict[str, str] = {}
+        for name in ENGINES:
+            why = fusing.why_not(name, getattr(net, "conv", None))
+            if name != "reference" and why is None:
+                why = agreement.disagreement(net, images[0], training, name)
             try:
-                for found in _tune_passes(net, images[0], training, again):
-                    rows.append(found)
+                if name != "reference" and why is None:
+                    for found in _tune_passes(net, images[0], training, again, name):
+                        rows.append(found)
             except _NoPlan as error:
-                refused["library"] = str(error)
+                why = str(error)
+            if why is not None:
+                refused[name] = why
         runs = {name: _run(net, images, training, name) for name in ENGINES if name not in refused}
         record = _fastest(runs, refused, device)
     except torch.OutOfMemoryError as error:
@@ -171,14 +172,16 @@ def _tune_block(ran: fusing.Ran, device: torch.device, training: bool, again: bo
     return [*rows, Found(ran.key, record.choice, record.evidence, True)]
 
 
-def _tune_passes(net: nn.Module, image: Tensor, training: bool, again: bool) -> Iterator[Found]:
-    """The plan of each pass that the fused block asks for."""
+def _tune_passes(
+    net: nn.Module, image: Tensor, training: bool, again: bool, engine: str
+) -> Iterator[Found]:
+    """The plan of each pass that the block asks for, run by this engine."""
     table = evidence.table(image.device)
     with configs.listening() as asked:
-        agreement.step(net, image, training, "library")
-    for key, (name, one) in asked.items():
+        agreement.step(net, image, training, engine)
+    for key, one in asked.items():
         if again or table.find(key) is None:
-            record = _fastest_plan(name, one, image.device)
+            record = _fastest_plan(one, image.device)
             table.add(key, record)
             yield Found(key, record.choice, record.evidence, True)
 
@@ -203,13 +206,17 @@ def _fastest(runs: dict[str, Callable], refused: dict[str, str], device: torch.d
     return Record(min(ms, key=lambda name: ms[name]), ms, refused)
 
 
-def _fastest_plan(name: str, image: Tensor, device: torch.device) -> Record:
+def _fastest_plan(what: configs.Pass | configs.Product, device: torch.device) -> Record:
     """The fastest plan of a pass among those that compute what the reference computes."""
-    work = agreement.Work.drawn(_images(image, device, 3), Activation("silu"))
+    name = what.name
+    if isinstance(what, configs.Product):
+        work = agreement.ProductWork.drawn(what, device)
+    else:
+        work = agreement.Work.drawn(_images(what.image, device, 3), Activation("silu"))
     same = work.step(reference, name)
-    truth = work.to(agreement.higher(image)).step(reference, name)
+    truth = work.to(agreement.higher(work.x)).step(reference, name)
     refused, runs = {}, {}
-    for plan in configs.PLANS:
+    for plan in what.plans:
         with configs.use_plan(plan):
             ours = agreement.attempt(lambda: work.step(dispatch.passes(work.x), name))
         why = ours if isinstance(ours, str) else agreement.judge(ours, same, truth)
@@ -218,11 +225,11 @@ def _fastest_plan(name: str, image: Tensor, device: torch.device) -> Record:
         else:
             refused[str(plan)] = why
     if not runs:
-        raise _NoPlan(f"no plan of {name} is right on {tuple(image.shape)}: {refused}")
+        raise _NoPlan(f"no plan of {name} is right on {tuple(work.x.shape)}: {refused}")
     return _fastest(runs, refused, device)
 
 
-def _planned(plan: configs.Plan, name: str, work: agreement.Work) -> Callable[[int], Any]:
+def _planned(plan: Any, name: str, work: Any) -> Callable[[int], Any]:
     def run(k: int) -> None:
         with configs.use_plan(plan):
             work.step(dispatch.passes(work.x), name)
