@@ -17,7 +17,7 @@ class Engine(NamedTuple):
 
     name: str
     kind: str
-    engine: str  # "library": the convolution by torch, all else by kernels; or "reference"
+    engine: str  # "library": torch convolves, kernels do the rest; "gemm": all kernels; "reference"
     reason: str  # why the block is not fused; "" if it is
     evidence: str  # by what the engine was chosen
 
@@ -64,7 +64,7 @@ def explain(model: nn.Module, *inputs: Tensor) -> Explanation:
     Returns
     -------
     explanation : Explanation
-        Rows with `.name`, `.kind`, `.engine` ("library" or "reference"), `.reason` and `.evidence`.
+        Rows with `.name`, `.kind`, `.engine` ("library", "gemm" or "reference"), `.reason` and `.evidence`.
     """
     names = {module: name or type(module).__name__ for name, module in model.named_modules()}
     seen: dict[nn.Module, Engine] = {}

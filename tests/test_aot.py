@@ -130,10 +130,11 @@ for built in found:
     assert out == ""
 
 
-def test_the_first_step_of_a_network_compiles_in_a_minute(tmp_path):
+@pytest.mark.parametrize(("engine", "nb_kernels"), [("library", 7), ("gemm", 8)])
+def test_the_first_step_of_a_network_compiles_in_a_minute(engine, nb_kernels, tmp_path):
     """All that the passes of a 3-D U-Net compile, cold: sizes are no constants of kernels."""
     out = run(
-        """
+        f"""
 import contextlib, time, torch
 from cassetta.backbones import UNet
 from cassetta.kernels import aot, dispatch, ops
@@ -145,13 +146,15 @@ torch.autocast = lambda *_, **__: contextlib.nullcontext()
 net = UNet(3, 32, norm="instance").to("meta", torch.bfloat16)
 inp = torch.empty(2, 32, 128, 128, 128, device="meta", dtype=torch.bfloat16, requires_grad=True)
 reports, start = [], time.monotonic()
-with dispatch.fused_on_reference(), aot.recorded(90, "", reports):
+with (
+    dispatch.fused_on_reference(), dispatch.use_engine("{engine}"), aot.recorded(90, "", reports)
+):
     net(inp).sum().backward()
-print(len({report.kernel for report in reports}), time.monotonic() - start)
+print(len({{report.kernel for report in reports}}), time.monotonic() - start)
 """,
         TRITON_CACHE_DIR=str(tmp_path),
     )
     kernels, seconds = out.split()
-    assert int(kernels) == 7  # each of the passes, the stages of reductions apart
+    assert int(kernels) == nb_kernels  # each of the passes, the stages of reductions apart
     assert len(list(tmp_path.rglob("*.cubin"))) <= 40
     assert float(seconds) < 60
