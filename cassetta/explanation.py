@@ -64,7 +64,7 @@ def explain(model: nn.Module, *inputs: Tensor) -> Explanation:
     Returns
     -------
     explanation : Explanation
-        Rows with `.name`, `.kind`, `.engine` ("library", "gemm" or "reference"), `.reason` and `.evidence`.
+        Rows with `.name`, `.kind`, `.engine` (see `Engine`), `.reason` and `.evidence`.
     """
     names = {module: name or type(module).__name__ for name, module in model.named_modules()}
     seen: dict[nn.Module, Engine] = {}

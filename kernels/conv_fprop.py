@@ -55,10 +55,10 @@ def accumulate(
         there = ok[:, None] & (c < channels)[None, :]
         x = tl.load(base + (v * step_v)[:, None] + c[None, :], mask=there, other=0.0)
         if PRE:
-            u = tile.row(p_s1, n, c, C, 1.0) * x.to(tl.float32) + tile.row(p_t1, n, c, C, 0.0)
-            u = tile.activation(u, p_p, p_q, tile.row(p_slope, n, c, C, 0.0), ACT)
-            u = tile.row(p_s2, n, c, C, 1.0) * u + tile.row(p_t2, n, c, C, 0.0)
-            x = tl.where(ok[:, None] & (c < C)[None, :], u, 0.0).to(w_ptr.dtype.element_ty)
+            z = tile.transformed(
+                x.to(tl.float32), n, c, C, p_s1, p_t1, p_slope, p_s2, p_t2, p_p, p_q, ACT
+            )  # fmt: skip
+            x = tl.where(ok[:, None] & (c < C)[None, :], z, 0.0).to(w_ptr.dtype.element_ty)
         elif GUARD:
             x = tl.where((c < C)[None, :], x, 0.0)
         at = (tap * channels + c)[:, None] * columns + k[None, :]
@@ -124,11 +124,10 @@ def _conv_kernel(
         r_in = inside[:, None] & (k < tile.edge(K, R_WORDS))[None, :]
         r = tl.load(tile.at(r_ptr, n, v, k, r_n, r_c, r_v, WIDE, R_WORDS), mask=r_in, other=0.0)
         r = r.to(tl.float32)
-    e_scale, e_shift = tile.row(e_s1, n, k, K, 1.0), tile.row(e_t1, n, k, K, 0.0)
-    slope = tile.row(e_slope, n, k, K, 0.0)
     if out_ptr is None:
-        total = tile.activation(e_scale * total + e_shift, e_p, e_q, slope, E_ACT)
-        total = tile.row(e_s2, n, k, K, 1.0) * total + tile.row(e_t2, n, k, K, 0.0)
+        total = tile.transformed(
+            total, n, k, K, e_s1, e_t1, e_slope, e_s2, e_t2, e_p, e_q, E_ACT
+        )  # fmt: skip
         if r_ptr is not None:
             total += r
     y = total.to(y_ptr.dtype.element_ty)
@@ -136,24 +135,43 @@ def _conv_kernel(
     tl.store(tile.at(y_ptr, n, v, k, y_n, 1, y_v, WIDE, True), y, mask=there)
     value = y.to(tl.float32)
     chunk = (n * outs * tiles + out * tiles + tile_m) * K + k
-    if out_ptr is not None:  # of a gradient, the sums that the pending transform of r asks for
-        u = e_scale * r + e_shift
-        if AFTER:
-            h, b = value, tile.activation(u, e_p, e_q, slope, E_ACT)
-        else:
-            h = value * tile.row(e_s2, n, k, K, 1.0) * tile.derivative(u, e_p, e_q, slope, E_ACT)
-            b = r
-        h = tl.where(known, h, 0.0)
-        hb = tl.where(known, h * (b - tile.row(centre_ptr, n, k, K, 0.0)), 0.0)
-        tl.store(out_ptr + chunk, tl.sum(h, 0), mask=k < K)
-        tl.store(out_ptr + size + chunk, tl.sum(hb, 0), mask=k < K)
+    if out_ptr is not None:
+        _leave_sums(
+            value, r, known, n, k, K, e_s1, e_t1, e_slope, e_s2, e_p, e_q, centre_ptr,
+            out_ptr + chunk, size, E_ACT, AFTER,
+        )  # fmt: skip
     if mean_ptr is not None:
-        value = tile.activation(value, m_p, m_q, tl.zeros((1, BLOCK_N), tl.float32), M_ACT)
-        count = tl.sum(inside.to(tl.float32), 0)
-        mean = tl.sum(tl.where(inside[:, None], value, 0.0), 0) / count
-        apart = tl.where(inside[:, None], value - mean[None, :], 0.0)
-        tl.store(mean_ptr + chunk, mean, mask=k < K)
-        tl.store(m2_ptr + chunk, tl.sum(apart * apart, 0), mask=k < K)
+        slope = tl.zeros((1, BLOCK_N), tl.float32)
+        value = tile.activation(value, m_p, m_q, slope, M_ACT)
+        _leave_moments(value, inside, k < K, mean_ptr + chunk, m2_ptr + chunk)
+
+
+@triton.jit
+def _leave_sums(
+    g, x, known, n, k, K, s1_ptr, t1_ptr, slope_ptr, s2_ptr, p, q, centre_ptr, out, size,
+    ACT: tl.constexpr, AFTER: tl.constexpr,
+):  # fmt: skip
+    """Of a tile of a gradient, what `prologue_sums` makes of it, x being what is pending."""
+    u = tile.row(s1_ptr, n, k, K, 1.0) * x + tile.row(t1_ptr, n, k, K, 0.0)
+    slope = tile.row(slope_ptr, n, k, K, 0.0)
+    if AFTER:
+        h, b = g, tile.activation(u, p, q, slope, ACT)
+    else:
+        h, b = g * tile.row(s2_ptr, n, k, K, 1.0) * tile.derivative(u, p, q, slope, ACT), x
+    h = tl.where(known, h, 0.0)
+    hb = tl.where(known, h * (b - tile.row(centre_ptr, n, k, K, 0.0)), 0.0)
+    tl.store(out, tl.sum(h, 0), mask=k < K)
+    tl.store(out + size, tl.sum(hb, 0), mask=k < K)
+
+
+@triton.jit
+def _leave_moments(value, inside, wanted, mean_out, m2_out):
+    """The mean of each channel of a tile, and the sum of squared deviations from it."""
+    count = tl.sum(inside.to(tl.float32), 0)
+    mean = tl.sum(tl.where(inside[:, None], value, 0.0), 0) / count
+    apart = tl.where(inside[:, None], value - mean[None, :], 0.0)
+    tl.store(mean_out, mean, mask=wanted)
+    tl.store(m2_out, tl.sum(apart * apart, 0), mask=wanted)
 
 
 class Walk(NamedTuple):

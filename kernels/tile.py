@@ -129,6 +129,16 @@ def activation(u, p, q, slope, ACT: tl.constexpr):
 
 
 @triton.jit
+def transformed(
+    x, n, c, C, s1_ptr, t1_ptr, slope_ptr, s2_ptr, t2_ptr, p, q, ACT: tl.constexpr
+):  # fmt: skip
+    """s2 act(s1 x + t1) + t2, of a tile in float32."""
+    u = row(s1_ptr, n, c, C, 1.0) * x + row(t1_ptr, n, c, C, 0.0)
+    v = activation(u, p, q, row(slope_ptr, n, c, C, 0.0), ACT)
+    return row(s2_ptr, n, c, C, 1.0) * v + row(t2_ptr, n, c, C, 0.0)
+
+
+@triton.jit
 def derivative(u, p, q, slope, ACT: tl.constexpr):
     """act'(u)."""
     d = tl.full(u.shape, 1.0, tl.float32)

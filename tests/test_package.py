@@ -87,11 +87,13 @@ def test_kernels_import_only_kernels():
 
 
 def test_functions_are_short():
+    """Kernels may be longer: they have more to say of where they are."""
     for path in sources():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 length = (node.end_lineno or 0) - node.body[0].end_lineno
-                assert length <= 50, f"{path}: {node.name} has {length} lines"
+                is_kernel = any("triton.jit" in ast.unparse(one) for one in node.decorator_list)
+                assert length <= (70 if is_kernel else 50), f"{path}: {node.name}: {length} lines"
 
 
 def test_only_the_kernels_know_of_devices_and_triton():
