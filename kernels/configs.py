@@ -234,7 +234,7 @@ def gemm(
     exact = precision(product.dtype) == "ieee"
     if heavy or exact:
         block_n, block_k = min(block_n, 64), min(block_k, 16 if exact else 32)
-    warps = _warps(16 if exact else 32 if heavy else 64, plan.block_m * max(block_n, block_k))
+    warps = _warps(16 if exact or heavy else 64, plan.block_m * max(block_n, block_k))
     tiles, k_blocks = -(-voxels // plan.block_m), -(-k // block_n)
     programs = samples * tiles * k_blocks
     return GemmConfig(plan.block_m, block_n, block_k, tiles, k_blocks, programs, warps, plan.stages)

@@ -32,6 +32,7 @@ def conv_dgrad(
     else:
         table, scatter = w.flatten(2).flip(2).permute(2, 0, 1), False
         steps = _mirrored(walk(dz, tuple(w.shape[2:]), geometry))
+    p = NOTHING if x is None else p  # which is of x, and no epilogue
     sums, _ = run(
         _product(dz, g, w, geometry), layout.in_words(g), NOTHING, layout.packed(table), None, dz,
         steps, epilogue=p, image=x, centre=centre, after=after, scatter=scatter,

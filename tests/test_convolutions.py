@@ -88,7 +88,7 @@ def results(passes, q):
     y, mean, _ = passes.conv_fprop(x, q["p"], both, None, geometry, q["x2"], q["e"], q["r"])
     assert mean.numel() == 0
     out["y of two, epilogue"] = y
-    dz, sums = passes.conv_dgrad(g, w, geometry, size)
+    dz, sums = passes.conv_dgrad(g, w, geometry, size, None, q["of_x"], None, True)
     assert sums.numel() == 0
     out["dz"] = dz
     for after in (False, True):
