@@ -240,6 +240,13 @@ def test_the_host_reads_nothing(norm, train, engine):
         inp.sum().item()
 
 
+def test_dtypes_that_do_not_meet_are_refused(engine):
+    block, inp = ConvBlock(2, 4, 4).half(), torch.randn(1, 4, 5, 5)
+    refused = pytest.raises((TypeError, RuntimeError), match="type|weights are in")
+    with dispatch.fused_on_reference(), refused:
+        block(inp)
+
+
 def test_a_sum_leaves_its_moments_for_the_norm_that_follows():
     net = ConvGroup(2, 4, nb_conv=3, norm="batch", residual=True)  # the norm comes first
     net.append(ModuleSum([ConvBlock(2, 4, 4, norm="instance") for _ in range(2)]))

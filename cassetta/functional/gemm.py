@@ -38,6 +38,11 @@ def conv_gemm(
     if torch.is_autocast_enabled(x.raw.device.type):
         dtype = torch.get_autocast_dtype(x.raw.device.type)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    if weight.dtype != dtype:  # which torch's convolutions refuse, too
+        raise TypeError(
+            f"inp is in {dtype}, but the weights are in {weight.dtype}: convert one of them, "
+            "or use torch.autocast"
+        )
     z, sums = x.handles()
     if x.prologue.is_identity:  # else z is rounded when it is built
         z = z.to(dtype)
