@@ -165,6 +165,7 @@ def _run_passes(x: Tensor, name: str, full: bool, after: bool) -> None:
     fold = Fold(one, one, one) if full else None
     reductions.moments(x, p)
     pointwise.materialize(x, p, x if full else None, x.dtype)
+    pointwise.concatenate(x, p, x, p, x.dtype)
     reductions.materialize_moments(x, p, x if full else None, x.dtype)
     reductions.prologue_sums(x, x, p, one, fold, after)
     pointwise.prologue_dgrad(x, x, p, fold, after)

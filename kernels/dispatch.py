@@ -280,6 +280,7 @@ def _triton_passes() -> Any:
         conv_transposed=dgrad.conv_transposed,
         moments=reductions.moments,
         materialize=pointwise.materialize,
+        concatenate=pointwise.concatenate,
         materialize_moments=reductions.materialize_moments,
         prologue_sums=reductions.prologue_sums,
         prologue_dgrad=pointwise.prologue_dgrad,

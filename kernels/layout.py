@@ -32,6 +32,14 @@ def like(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(x, dtype=dtype, memory_format=plain)
 
 
+def wider(x: Tensor, more: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialized, dense image of so many more channels, channels last if x is."""
+    n, c, *size = x.shape
+    if c > 1 and x.stride(1) == 1:
+        return torch.empty(n, *size, c + more, dtype=dtype, device=x.device).movedim(-1, 1)
+    return torch.empty(n, c + more, *size, dtype=dtype, device=x.device)
+
+
 def is_padded(x: Tensor) -> bool:
     """Whether x is channels last with words that are not full."""
     c = x.shape[1]

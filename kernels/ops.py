@@ -40,6 +40,7 @@ _SCHEMAS = {
     "moments": f"(Tensor x, {_PROLOGUE}) -> (Tensor, Tensor)",
     "materialize": f"(Tensor x, {_PROLOGUE}, Tensor? residual, ScalarType dtype, bool words)"
     " -> Tensor",
+    "concatenate": f"(Tensor x, {_PROLOGUE}, Tensor x2, {_EPILOGUE}, ScalarType dtype) -> Tensor",
     "materialize_moments": f"(Tensor x, {_PROLOGUE}, Tensor? residual, ScalarType dtype)"
     " -> (Tensor, Tensor, Tensor)",
     "prologue_sums": f"(Tensor g, Tensor x, {_PROLOGUE}, Tensor around, Tensor? a, Tensor? k,"
@@ -104,6 +105,11 @@ def materialize(
 ) -> Tensor:
     """`reference.materialize`, by whoever runs it."""
     return torch.ops.cassetta.materialize(x, *flat(p), residual, dtype, words)
+
+
+def concatenate(x: Tensor, p: Prologue, x2: Tensor, p2: Prologue, dtype: torch.dtype) -> Tensor:
+    """`reference.concatenate`, by whoever runs it."""
+    return torch.ops.cassetta.concatenate(x, *flat(p), x2, *flat(p2), dtype)
 
 
 def materialize_moments(
@@ -192,6 +198,11 @@ def _materialize(x: Tensor, *rest: Any) -> Tensor:
     *prologue, residual, dtype, words = rest
     z = dispatch.passes(x).materialize(x, unflat(prologue), residual, dtype, words)
     return z if words else _laid_out(z, x)
+
+
+def _concatenate(x: Tensor, *rest: Any) -> Tensor:
+    p, x2, p2, dtype = rest[:8], rest[8], rest[9:17], rest[17]
+    return dispatch.passes(x).concatenate(x, unflat(p), x2, unflat(p2), dtype)
 
 
 def _materialize_moments(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -289,6 +300,7 @@ _IMPLEMENTATIONS = {
     "conv_transposed": (_conv_transposed, _fake_conv_transposed),
     "moments": (_moments, lambda x, *rest: (_tables(x), _tables(x))),
     "materialize": (_materialize, _fake_materialize),
+    "concatenate": (_concatenate, lambda x, *rest: layout.wider(x, rest[8].shape[1], rest[-1])),
     "materialize_moments": (_materialize_moments, _fake_materialize_moments),
     "prologue_sums": (_prologue_sums, lambda g, x, *rest: _tables(x, 3)),
     "prologue_dgrad": (_prologue_dgrad, lambda g, x, *rest: layout.like(x, x.dtype)),

@@ -43,8 +43,23 @@ def _materialize_kernel(
 def materialize(
     x: Tensor, p: Prologue, residual: Tensor | None, dtype: torch.dtype, words: bool = False
 ) -> Tensor:
-    x, x_strides = tile.strided(x)
+    x, _ = tile.strided(x)
     z = layout.empty(tuple(x.shape), dtype, x.device) if words else layout.like(x, dtype)
+    return _filled(z, x, p, residual, True)
+
+
+def concatenate(x: Tensor, p: Prologue, x2: Tensor, p2: Prologue, dtype: torch.dtype) -> Tensor:
+    c = x.shape[1]
+    z = layout.wider(x, x2.shape[1], dtype)
+    for part, image, pending in ((z[:, :c], x, p), (z[:, c:], x2, p2)):
+        # the last word of a part, if it is not full, holds channels of its neighbour
+        _filled(part, image, pending, None, image.shape[1] % layout.WORD == 0)
+    return z
+
+
+def _filled(z: Tensor, x: Tensor, p: Prologue, residual: Tensor | None, words: bool) -> Tensor:
+    """z, with what x stands for in it; `words` says whether the last word may be written whole."""
+    x, x_strides = tile.strided(x)
     z, z_strides = tile.strided(z)
     r_strides = (0, 0, 0)
     if residual is not None:
@@ -56,7 +71,7 @@ def materialize(
         x, residual, z, p.s1, p.t1, p.slope, p.s2, p.t2, p.activation.p, p.activation.q,
         x.shape[1], tile.voxels(x), *x_strides, *r_strides, *z_strides,
         config.chunks, config.c_blocks, ACT=p.activation.name,
-        WIDE=tile.is_wide(*images), WORDS=tile.in_words(*images),
+        WIDE=tile.is_wide(*images), WORDS=words and tile.in_words(*images),
     )  # fmt: skip
     return z
 

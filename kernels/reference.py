@@ -101,6 +101,15 @@ def materialize(
     return layout.empty(tuple(z.shape), dtype, z.device).copy_(z) if words else z
 
 
+def concatenate(x: Tensor, p: Prologue, x2: Tensor, p2: Prologue, dtype: torch.dtype) -> Tensor:
+    """What x (N, C, *X) and x2 (N, C2, *X) stand for, as one image (N, C + C2, *X) in `dtype`.
+
+    Channels last if x is.
+    """
+    z = layout.wider(x, x2.shape[1], dtype)
+    return torch.cat([materialize(x, p, None, dtype), materialize(x2, p2, None, dtype)], 1, out=z)
+
+
 def materialize_moments(
     x: Tensor, p: Prologue, residual: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -100,3 +100,15 @@ def unflat(arguments: Sequence[Any]) -> Prologue:
     """The prologue that `flat` took apart."""
     s1, t1, name, p, q, slope, s2, t2 = arguments
     return Prologue(s1, t1, Activation(name, p, q), slope, s2, t2)
+
+
+def apart(arguments: Sequence[Any]) -> tuple[list[Tensor | None], tuple[str, float, float]]:
+    """What `flat` gave, as tensors that autograd may save, and the rest."""
+    s1, t1, name, p, q, slope, s2, t2 = arguments
+    return [s1, t1, slope, s2, t2], (name, p, q)
+
+
+def together(tensors: Sequence[Tensor | None], inner: tuple[str, float, float]) -> Prologue:
+    """The prologue that `apart` took apart."""
+    s1, t1, slope, s2, t2 = tensors
+    return Prologue(s1, t1, Activation(*inner), slope, s2, t2)

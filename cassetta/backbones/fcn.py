@@ -16,8 +16,9 @@ from cassetta.core.typing import (
     OneOrSeveral,
 )
 from cassetta.core.utils import extrapolate
+from cassetta.functional import Deferred, defer, materialize
 from cassetta.io.loadable import LoadableMixin
-from cassetta.layers import ConvGroup, DownConvGroup, DownGroup, UpConvGroup, UpGroup
+from cassetta.layers import ConvGroup, DownConvGroup, DownGroup, UpConvGroup, UpGroup, fusing
 from cassetta.layers.levels import resampling
 from cassetta.layers.norm import check_statistics
 from cassetta.layers.simple import Chain
@@ -41,6 +42,7 @@ def _features(nb_features: Any, nb_levels: int, step: Callable[[int, int], float
     return extrapolate(features, depth, step)
 
 
+@fusing.fuses
 class ConvEncoder(LoadableMixin, Chain):
     """A fully convolutional encoder: a `ConvGroup`, then a `DownConvGroup` per further level."""
 
@@ -113,13 +115,19 @@ class ConvEncoder(LoadableMixin, Chain):
         ValueError, TypeError
             What `check_image` raises.
         """
-        self.check_image(inp)
-        out, outputs = inp, []
+        check.tensor(inp)
+        outputs: list[Any] | None = [] if return_all else None
+        out = self.defer(defer(inp), outputs)
+        return materialize(out) if outputs is None else tuple(map(materialize, outputs))
+
+    def defer(self, x: Deferred, outputs: list[Any] | None = None) -> Any:
+        """`forward` of what x stands for; what leaves each level is also put into the list."""
+        self.check_image(x.image)
         for level in self:
-            out = level(out)
-            if return_all:
-                outputs.append(out)
-        return tuple(outputs) if return_all else out
+            x = fusing.run(level, x)  # type: ignore[assignment]
+            if outputs is not None:
+                outputs.append(x)
+        return x
 
     def check_image(self, inp: Tensor) -> None:
         """Refuse an image that some level could not work with, before the first one has worked.
@@ -154,6 +162,7 @@ class ConvEncoder(LoadableMixin, Chain):
             check_statistics(level, inp.shape[0], size, f"at level {depth} of {len(self)}")
 
 
+@fusing.fuses
 class ConvDecoder(LoadableMixin, Chain):
     """A fully convolutional decoder: an `UpConvGroup` per level but the coarsest."""
 
@@ -234,21 +243,27 @@ class ConvDecoder(LoadableMixin, Chain):
         """
         if not inp:
             raise ValueError("inp=() is empty: give at least the features of the coarsest level")
-        out, *skips = inp
-        self._check(out, skips)
-        outputs = []
-        for n, level in enumerate(self):
-            out = level(out, *skips[n : n + 1])
-            if return_all:
-                outputs.append(out)
-        return tuple(outputs) if return_all else out
+        for one in inp:
+            check.tensor(one)
+        outputs: list[Any] | None = [] if return_all else None
+        out = self.defer(*map(defer, inp), outputs=outputs)
+        return materialize(out) if outputs is None else tuple(map(materialize, outputs))
 
-    def _check(self, inp: Tensor, skips: list[Tensor]) -> None:
+    def defer(self, x: Deferred, *skips: Deferred, outputs: list[Any] | None = None) -> Any:
+        """`forward` of what these stand for; what leaves each level is also put into the list."""
+        self._check(x, skips)
+        for n, level in enumerate(self):
+            x = fusing.run(level, x, *skips[n : n + 1])  # type: ignore[assignment]
+            if outputs is not None:
+                outputs.append(x)
+        return x
+
+    def _check(self, inp: Deferred, skips: Sequence[Deferred]) -> None:
         """Refuse what some level could not work with, before the first one has worked.
 
         A level that was exchanged for a module of another kind ends what can be told beforehand.
         """
-        check.image(inp, self.ndim, self._inp_channels())
+        check.image(inp.image, self.ndim, self._inp_channels())
         shape: Sequence[int] = inp.shape
         for n, level in enumerate(self):
             if not isinstance(level, UpGroup) or not isinstance(level[0], Level):

@@ -14,9 +14,12 @@ from cassetta.core.typing import (
     OneOrSeveral,
 )
 from cassetta.core.utils import extrapolate
+from cassetta.functional import Deferred, defer, materialize
 from cassetta.io.loadable import LoadableMixin
+from cassetta.layers import fusing
 
 
+@fusing.fuses
 class UNet(LoadableMixin, nn.Module):
     """A U-Net.
 
@@ -147,7 +150,22 @@ class UNet(LoadableMixin, nn.Module):
         ValueError
             If the image is too small to be divided by `pool_factor` at every level.
         """
+        if not return_all:
+            return materialize(self.defer(defer(inp)))
+        return self.decoder(*map(materialize, self._encoded(defer(inp))), return_all=True)
+
+    def defer(self, x: Deferred) -> Any:
+        """`forward` of what x stands for; no skip connection need be computed on the way."""
+        return fusing.run(self.decoder, *self._encoded(x))
+
+    def _encoded(self, x: Deferred) -> list[Any]:
+        """What the decoder takes: what leaves each level of the encoder, the coarsest first."""
+        encoder = self.encoder
         if not self.skip:
-            return self.decoder(self.encoder(inp), return_all=return_all)
-        levels = self.encoder(inp, return_all=True)
-        return self.decoder(*reversed(levels), return_all=return_all)
+            return [fusing.run(encoder, x)]
+        levels: list[Any] = []
+        if fusing.defers(encoder):
+            encoder.defer(x, levels)
+        else:
+            levels.extend(encoder(x.z(), return_all=True))
+        return levels[::-1]

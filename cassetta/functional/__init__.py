@@ -12,6 +12,7 @@ from cassetta.functional.conv import (
 from cassetta.functional.deferred import (
     Deferred as Deferred,
     defer as defer,
+    join as join,
     materialize as materialize,
 )
 from cassetta.functional.gemm import conv_gemm as conv_gemm

@@ -16,7 +16,16 @@ from cassetta.core.typing import BoundType
 from cassetta.functional.deferred import Deferred, first_order
 from cassetta.kernels import dispatch, library, ops
 from cassetta.kernels.activations import BY_RESULT
-from cassetta.kernels.types import Activation, Geometry, Prologue, flat, unflat
+from cassetta.kernels.types import (
+    NOTHING,
+    Activation,
+    Geometry,
+    Prologue,
+    apart,
+    flat,
+    together,
+    unflat,
+)
 
 Pairs = tuple[tuple[int, int], ...]
 
@@ -85,15 +94,16 @@ def conv_deferred(
 
     Under autocast x and the parameters are rounded to its dtype, as `torch.conv3d` has it.
     """
-    x = x.settled()
-    raw, prologue = x.handle(), x.prologue
-    dtype = raw.dtype
+    x, second = x.parts or (x.settled(), None)
+    raw, dtype = x.handle(), x.raw.dtype
     if torch.is_autocast_enabled(raw.device.type):
         dtype = torch.get_autocast_dtype(raw.device.type)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        if prologue.is_identity:  # else z is rounded when it is built
+        if x.prologue.is_identity and second is None:  # else z is rounded when it is built
             raw = raw.to(dtype)
-    y = _Convolution.apply(raw, weight, bias, *flat(prologue), *geometry, dtype)
+    other = None if second is None else second.handle()
+    pending = *flat(x.prologue), *flat(NOTHING if second is None else second.prologue)
+    y = _Convolution.apply(raw, other, weight, bias, *pending, *geometry, dtype)
     out = Deferred(y)  # type: ignore[arg-type]
     return out if activation is None else activated_at_once(out, activation)
 
@@ -110,32 +120,37 @@ def activated_at_once(x: Deferred, activation: Activation) -> Deferred:
 
 
 class _Convolution(Function):
-    """y = z * w + b, z being built of x when it is needed, forward and backward."""
+    """y = z * w + b, z being built when it is needed: of x, or of x and x2, side by side."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, *rest: Any) -> Tensor:
-        s1, t1, name, p, q, slope, s2, t2, stride, padding, dilation, groups, dtype = rest
-        ctx.nb_others = len(rest)
-        ctx.geometry = stride, padding, dilation, groups
-        ctx.inner, ctx.dtype = (name, p, q), dtype
-        ctx.save_for_backward(x, w, b, s1, t1, slope, s2, t2)
-        z = _operand(x, unflat((s1, t1, name, p, q, slope, s2, t2)), dtype)
+    def forward(
+        ctx: Any, x: Tensor, x2: Tensor | None, w: Tensor, b: Tensor | None, *rest: Any
+    ) -> Tensor:
+        pending, pending2, (*geometry, ctx.dtype) = rest[:8], rest[8:16], rest[16:]
+        ctx.nb_others, ctx.geometry = len(rest), Geometry(*geometry)
+        kept, ctx.inner = apart(pending)
+        kept2, ctx.inner2 = apart(pending2)
+        ctx.save_for_backward(x, x2, w, b, *kept, *kept2)
+        z = _operand(x, x2, unflat(pending), unflat(pending2), ctx.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return library.conv(z, w, b, Geometry(*ctx.geometry))
+            return library.conv(z, w, b, ctx.geometry)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, g: Tensor) -> tuple:
-        x, w, b, s1, t1, slope, s2, t2 = ctx.saved_tensors
+        x, x2, w, b, *kept = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        z = x
-        if needs[1]:
-            z = _operand(x, unflat((s1, t1, *ctx.inner, slope, s2, t2)), ctx.dtype)
-        elif x.dtype != ctx.dtype:
-            z = x.to(ctx.dtype)  # only its shape and layout matter
-        to = (needs[0], needs[1], needs[2])
-        dx, dw, db = library.conv_backward(g, z, w, b, Geometry(*ctx.geometry), to)
-        return dx, dw, db, *[None] * ctx.nb_others
+        p, p2 = together(kept[:5], ctx.inner), together(kept[5:], ctx.inner2)
+        if not needs[2] and x2 is None:  # only its shape and layout matter
+            p = NOTHING
+        z = _operand(x, x2, p, p2, ctx.dtype)
+        to = (needs[0] or needs[1], needs[2], needs[3])
+        dz, dw, db = library.conv_backward(g, z, w, b, ctx.geometry, to)
+        dx = dx2 = None
+        if dz is not None:
+            c = x.shape[1]
+            dx, dx2 = (dz, None) if x2 is None else (dz[:, :c], dz[:, c:])
+        return dx, dx2, dw, db, *[None] * ctx.nb_others
 
 
 class _Activate(Function):
@@ -160,5 +175,7 @@ class _Activate(Function):
         return ops.prologue_dgrad(g, out, prologue, None, False), *[None] * 5
 
 
-def _operand(x: Tensor, prologue: Prologue, dtype: torch.dtype) -> Tensor:
-    return x if prologue.is_identity else ops.materialize(x, prologue, None, dtype)
+def _operand(x: Tensor, x2: Tensor | None, p: Prologue, p2: Prologue, dtype: torch.dtype) -> Tensor:
+    if x2 is not None:
+        return ops.concatenate(x, p, x2, p2, dtype)
+    return x.to(dtype) if p.is_identity else ops.materialize(x, p, None, dtype)

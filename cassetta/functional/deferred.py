@@ -14,6 +14,7 @@ and beta, and, through the statistics of the norm, of every voxel that they were
 memory that node returns x itself: what stands for z in the graph is x in memory.
 
 A chain holds one activation and one norm; a second one finds the first applied (`materialize`).
+Sums and concatenations are pending, too: whoever reads next computes them, if it must.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Deferred:
         residual: Tensor | None = None,
         own: Moments | None = None,
         own_of: Activation = NOTHING.activation,
+        parts: tuple[Deferred, Deferred] | None = None,
     ) -> None:
         self.raw = raw
         self.prologue = prologue
@@ -54,13 +56,21 @@ class Deferred:
         self.residual = residual  # still to be added, and then nothing else is applied before it is
         self.own = own  # the moments of raw, or of `own_of` it, where they are known
         self.own_of = own_of
-        self._z: Tensor | None = raw if prologue.is_identity and residual is None else None
+        self.parts = parts  # of its channels; then raw is that of the first, and nothing is pending
+        is_z = prologue.is_identity and residual is None and parts is None
+        self._z: Tensor | None = raw if is_z else None
         self._own_of_z: Moments | None = None
         self._stand_in = _StandIn(raw) if prologue.is_identity else None
 
     @property
     def shape(self) -> torch.Size:
-        return self.raw.shape
+        n, c, *size = self.raw.shape
+        return torch.Size((n, c + (self.parts[1].shape[1] if self.parts else 0), *size))
+
+    @property
+    def image(self) -> Tensor:
+        """A tensor of its shape and kind, whose values are not to be read."""
+        return self.raw if self.parts is None else self.raw.new_empty(()).expand(self.shape)
 
     @property
     def voxels(self) -> int:
@@ -70,6 +80,17 @@ class Deferred:
     @property
     def has_activation(self) -> bool:
         return self.prologue.activation.name != "identity"
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether there is nothing to be added or concatenated first."""
+        return self.residual is None and self.parts is None
+
+    def leading(self, channels: int) -> Tensor:
+        """The first channels of z; of two images, that is the first one, if it has so many."""
+        if self.parts is not None and self.parts[0].shape[1] == channels:
+            return self.parts[0].z()
+        return self.z()[:, :channels]
 
     def plus(self, residual: Tensor) -> Deferred:
         """The sum with a tensor of the same shape; computed with what is read next."""
@@ -81,12 +102,12 @@ class Deferred:
         return out
 
     def settled(self) -> Deferred:
-        """Itself, with nothing to be added."""
-        return self if self.residual is None else Deferred(self.z())
+        """Itself, with nothing to be added or concatenated."""
+        return self if self.is_settled else Deferred(self.z())
 
     def scaled(self, factor: Tensor) -> Deferred:
         """Channels multiplied by a factor (N, C) that needs no gradient, as dropout does."""
-        if self.residual is not None:
+        if not self.is_settled:
             return self.settled().scaled(factor)
         s1, t1, act, slope, s2, t2 = self.prologue
         norm = self.norm
@@ -103,7 +124,7 @@ class Deferred:
         """The activation applied; `weight` (C,) or (1,) is what PReLU learns."""
         if activation.name == "identity":
             return self
-        if self.has_activation or self.residual is not None:
+        if self.has_activation or not self.is_settled:
             return Deferred(self.z()).activated(activation, weight)
         slope = None
         if weight is not None:
@@ -125,7 +146,7 @@ class Deferred:
 
         `track` is told the pooled statistics, and the factor that makes their variances unbiased.
         """
-        if self.norm is not None or self.residual is not None:
+        if self.norm is not None or not self.is_settled:
             x = self._with_moments() if fixed is None else Deferred(self.z())
             return x.normalized(gamma, beta, eps, pool, fixed, track)
         s1, t1, act, slope, s2, _ = self.prologue
@@ -190,17 +211,19 @@ class Deferred:
         """z itself, computed once."""
         if self._z is None and self.prologue.is_identity and self.residual is not None:
             self._z = self.raw + self.residual
+        elif self._z is None and self.parts is not None:
+            self._z = torch.cat([part.z() for part in self.parts], 1)
         elif self._z is None:
             self._z = _Materialize.apply(self.handle(), *flat(self.prologue), self.residual)
         return self._z  # type: ignore[return-value]
 
     def _with_moments(self) -> Deferred:
         """z, and its moments from the same pass, if it has not been computed yet."""
-        if self._z is None:
+        if self._z is None and self.parts is None:
             given = (self.handle(), *flat(self.prologue), self.residual)
             self._z, *own = _MaterializeMoments.apply(*given)  # type: ignore[misc]
             self._own_of_z = Moments(*own)
-        return Deferred(self._z, own=self._own_of_z)  # type: ignore[arg-type]
+        return Deferred(self.z(), own=self._own_of_z)
 
     def _next(self, prologue: Prologue, norm: Norm | None, **changes: Any) -> Deferred:
         now = {"affine": self.affine, "weight": self.weight, **changes}
@@ -218,6 +241,18 @@ def materialize(x: Tensor | Deferred, residual: Tensor | None = None) -> Tensor:
     if residual is not None:
         return defer(x).plus(residual).z()
     return x if isinstance(x, Tensor) else x.z()
+
+
+def join(first: Deferred, *others: Deferred) -> Deferred:
+    """Images of one size whose channels are still to be concatenated, where two can be read as one.
+
+    Torch concatenates what differs in dtype, device or kind, and all others but the first.
+    """
+    second = others[0] if len(others) == 1 else Deferred(torch.cat([x.z() for x in others], 1))
+    parts = first.settled(), second.settled()
+    if len({(type(x.raw), x.raw.dtype, x.raw.device) for x in parts}) > 1:
+        return Deferred(torch.cat([x.z() for x in parts], 1))
+    return Deferred(parts[0].raw, parts=parts)
 
 
 class _Refused(Function):

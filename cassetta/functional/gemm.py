@@ -3,11 +3,11 @@
 Forward, bias and activation, and the moments that the next norm asks for, leave with the product;
 backward, the sums that the norm before it asks for. The operand z is built once, channels last in
 whole words, and again for the gradient of the weights; where there is one tap, the kernel builds it
-while it loads.
+while it loads. Two images are read as one: nothing is concatenated.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,17 @@ from torch.autograd import Function
 from cassetta.functional.deferred import Deferred, first_order
 from cassetta.kernels import ops
 from cassetta.kernels.activations import BY_RESULT
-from cassetta.kernels.types import NOTHING, Activation, Geometry, Moments, Prologue, flat, unflat
+from cassetta.kernels.types import (
+    NOTHING,
+    Activation,
+    Geometry,
+    Moments,
+    Prologue,
+    apart,
+    flat,
+    together,
+    unflat,
+)
 
 
 def conv_gemm(
@@ -33,7 +43,7 @@ def conv_gemm(
     (`activations.BY_RESULT`), or nothing. Under autocast x and the parameters are rounded
     to its dtype.
     """
-    x = x.settled()
+    x, second = x.parts or (x.settled(), None)
     dtype = x.raw.dtype
     if torch.is_autocast_enabled(x.raw.device.type):
         dtype = torch.get_autocast_dtype(x.raw.device.type)
@@ -43,18 +53,29 @@ def conv_gemm(
             f"inp is in {dtype}, but the weights are in {weight.dtype}: convert one of them, "
             "or use torch.autocast"
         )
-    z, sums = x.handles()
-    if x.prologue.is_identity:  # else z is rounded when it is built
-        z = z.to(dtype)
-    norm = (None, False) if x.norm is None or sums is None else (x.norm.centre, x.norm.outer)
+    (z, sums, *pending), (z2, sums2, *pending2) = _read(x, dtype), _read(second, dtype)
     y, *own = _ImplicitGemm.apply(
-        z, sums, weight, bias, *flat(x.prologue), *norm, geometry, *flat(epilogue), *_of(moments_of)
-    )  # type: ignore[misc]
+        z, sums, z2, sums2, weight, bias, *pending, *pending2, geometry, *flat(epilogue),
+        *_of(moments_of),
+    )  # type: ignore[misc]  # fmt: skip
     if torch.is_grad_enabled() and not epilogue.is_identity:
         y = _Activated.apply(y, *_of(epilogue.activation))
     if moments_of is None:
         return Deferred(y)
     return Deferred(y, own=Moments(*own), own_of=moments_of)
+
+
+def _read(x: Deferred | None, dtype: torch.dtype) -> tuple[Any, ...]:
+    """What stands for z and for the sums of its gradient; what is pending, and its norm's centre.
+
+    Whatever is pending, z is rounded when it is built.
+    """
+    if x is None:
+        return None, None, *flat(NOTHING), None, False
+    z, sums = x.handles()
+    z = z.to(dtype) if x.prologue.is_identity else z
+    norm = (None, False) if x.norm is None or sums is None else (x.norm.centre, x.norm.outer)
+    return z, sums, *flat(x.prologue), *norm
 
 
 def _of(activation: Activation | None) -> tuple[Any, ...]:
@@ -65,44 +86,79 @@ def _of(activation: Activation | None) -> tuple[Any, ...]:
 
 
 class _ImplicitGemm(Function):
-    """y = act(z * w + b) and its moments; z being built of x when it is needed."""
+    """y = act(z * w + b) and its moments; z being built of x, or of x and x2, when it is needed."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, sums: Any, w: Tensor, b: Tensor | None, *rest: Any
+        ctx: Any, x: Tensor, sums: Any, x2: Any, sums2: Any, w: Tensor, b: Any, *rest: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        pending, (centre, ctx.outer, ctx.geometry), leaving, of = (
-            rest[:8], rest[8:11], rest[11:19], rest[19:],
+        pending, pending2, (ctx.geometry, *leaving), of = (
+            rest[:10], rest[10:20], rest[20:29], rest[29:],
         )  # fmt: skip
-        s1, t1, *ctx.inner, slope, s2, t2 = pending
         ctx.nb_others = len(rest)
-        ctx.is_summed = sums is not None
-        z, loaded = _operand(x, unflat(pending), w)
+        ctx.is_summed = sums is not None, sums2 is not None
+        kept, ctx.inner = _apart(pending)
+        kept2, ctx.inner2 = _apart(pending2)
+        ctx.save_for_backward(x, x2, w, *kept, *kept2)
+        z, loaded = _operand(x, unflat(pending[:8]), w)
+        z2 = None if x2 is None else _built(x2, unflat(pending2[:8]), w.dtype)
         y, mean, var = ops.conv_fprop(
-            z, loaded, w, b, ctx.geometry, epilogue=unflat(leaving),
-            moments_of=None if of[0] is None else Activation(*of),
+            z, loaded, w, b, ctx.geometry, z2, unflat(leaving), None,
+            None if of[0] is None else Activation(*of),
         )  # fmt: skip
-        ctx.save_for_backward(x, w, s1, t1, slope, s2, t2, centre)
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
 
     @staticmethod
     @first_order
     def backward(ctx: Any, g: Tensor, *moments: Any) -> tuple:
-        x, w, s1, t1, slope, s2, t2, centre = ctx.saved_tensors
-        prologue = unflat((s1, t1, *ctx.inner, slope, s2, t2))
-        dz = dsums = dw = db = None
-        if ctx.needs_input_grad[0] or ctx.is_summed:
-            of = x if ctx.is_summed else None
-            dz, dsums = ops.conv_dgrad(
-                g, w, ctx.geometry, tuple(x.shape[2:]), of, prologue, centre, ctx.outer
-            )
-        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-            z, loaded = _operand(x, prologue, w)
-            dw, db = ops.conv_wgrad(g, z, loaded, tuple(w.shape[2:]), ctx.geometry)
-            dw = dw.to(w.dtype) if ctx.needs_input_grad[2] else None
-            db = db.to(w.dtype) if ctx.needs_input_grad[3] else None
-        return dz, dsums if ctx.is_summed else None, dw, db, *[None] * ctx.nb_others
+        x, x2, w, *kept = ctx.saved_tensors
+        needs, c = ctx.needs_input_grad, x.shape[1]
+        one = _together(x, kept[:6], ctx.inner)
+        two = None if x2 is None else _together(x2, kept[6:], ctx.inner2)
+        dw = db = None
+        dz, dsums = _image_gradient(ctx, g, w[:, :c], one, needs[0], ctx.is_summed[0])
+        dz2, dsums2 = _image_gradient(ctx, g, w[:, c:], two, needs[2], ctx.is_summed[1])
+        if needs[4] or needs[5]:
+            taps = tuple(w.shape[2:])
+            dw, db = ops.conv_wgrad(g, *_operand(x, one.prologue, w), taps, ctx.geometry)
+            if two is not None:
+                z2 = _built(two.x, two.prologue, w.dtype)
+                dw = torch.cat([dw, ops.conv_wgrad(g, z2, NOTHING, taps, ctx.geometry)[0]], 1)
+            dw = dw.to(w.dtype) if needs[4] else None
+            db = db.to(w.dtype) if needs[5] else None
+        return dz, dsums, dz2, dsums2, dw, db, *[None] * ctx.nb_others
+
+
+class _Image(NamedTuple):
+    """An image that was read, as backward finds it."""
+
+    x: Tensor
+    prologue: Prologue
+    centre: Tensor | None
+    outer: bool
+
+
+def _apart(pending: tuple[Any, ...]) -> tuple[list[Tensor | None], tuple[Any, ...]]:
+    """What `_read` tells of a pending transform, as tensors and the rest."""
+    tensors, inner = apart(pending[:8])
+    return [*tensors, pending[8]], (*inner, pending[9])
+
+
+def _together(x: Tensor, kept: list[Tensor | None], inner: tuple[Any, ...]) -> _Image:
+    return _Image(x, together(kept[:5], inner[:3]), kept[5], inner[3])
+
+
+def _image_gradient(
+    ctx: Any, g: Tensor, w: Tensor, image: _Image | None, is_needed: bool, is_summed: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Those of z and, if they are asked for, of its sums."""
+    if image is None or not (is_needed or is_summed):
+        return None, None
+    x, prologue, centre, outer = image
+    of, size = (x if is_summed else None), tuple(x.shape[2:])
+    dz, sums = ops.conv_dgrad(g, w, ctx.geometry, size, of, prologue, centre, outer)
+    return dz, sums if is_summed else None
 
 
 class _Activated(Function):
@@ -127,6 +183,11 @@ class _Activated(Function):
 
 def _operand(x: Tensor, prologue: Prologue, w: Tensor) -> tuple[Tensor, Prologue]:
     """What the kernel reads, and what of the pending transform it applies while it loads."""
-    if prologue.is_identity or math.prod(w.shape[2:]) == 1:
+    if math.prod(w.shape[2:]) == 1:
         return x, prologue
-    return ops.materialize(x, prologue, None, w.dtype, words=True), NOTHING
+    return _built(x, prologue, w.dtype), NOTHING
+
+
+def _built(x: Tensor, prologue: Prologue, dtype: torch.dtype) -> Tensor:
+    """z, for a kernel that applies nothing to it."""
+    return x if prologue.is_identity else ops.materialize(x, prologue, None, dtype, words=True)

@@ -131,7 +131,7 @@ class ConvBlock(Stack):
 
     def defer(self, x: Deferred) -> Deferred:
         """`forward` of what x stands for, which need not be computed on the way."""
-        check.image(x.raw, self.ndim, self.inp_channels)
+        check.image(x.image, self.ndim, self.inp_channels)
         layers = {letter: getattr(self, LAYERS[letter], None) for letter in self.order}
         choice = fusing.choose(self, layers, x, ENGINES)
         return ENGINES[choice.engine](self, x, layers)

@@ -57,11 +57,11 @@ class _Listener(threading.local):
 _listener = _Listener()
 
 
-def run(module: nn.Module, x: Tensor | Deferred) -> Tensor | Deferred:
+def run(module: nn.Module, x: Tensor | Deferred, *skips: Tensor | Deferred) -> Tensor | Deferred:
     """What the module makes of x, pending transforms and all if it can hand them on."""
-    if _defers(module):
-        return module.defer(defer(x))  # type: ignore[operator]
-    return module(materialize(x))
+    if defers(module):
+        return module.defer(defer(x), *map(defer, skips))  # type: ignore[operator]
+    return module(materialize(x), *map(materialize, skips))
 
 
 def run_as_written(module: nn.Module, x: Tensor | Deferred) -> Tensor:
@@ -74,7 +74,7 @@ class Ran(NamedTuple):
 
     block: nn.Module
     choice: Choice
-    image: Tensor  # without data
+    images: tuple[Tensor, ...]  # that it read side by side, without data
     key: str  # of the block on this image
 
 
@@ -105,15 +105,18 @@ def choose(
         choice = Choice("library", "", "torch's own SyncBatchNorm is for GPUs only")
     else:
         able = [name for name in engines if why_not(name, layers["c"]) is None]
-        choice = dispatch.choose(x.raw, why, lambda: key(layers, x.raw), able)
+        choice = dispatch.choose(x.image, why, lambda: key(layers, x), able)
     if _listener.log is not None:
-        image = torch.empty_strided(x.raw.shape, x.raw.stride(), dtype=x.raw.dtype, device="meta")
-        _listener.log.append(Ran(block, choice, image, key(layers, x.raw)))
+        images = tuple(
+            torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device="meta")
+            for one in (part.raw for part in x.parts or (x,))
+        )
+        _listener.log.append(Ran(block, choice, images, key(layers, x)))
     return choice
 
 
-def key(layers: dict[str, nn.Module | None], image: Tensor) -> str:
-    """The name of a block on an image, in the table of what was measured."""
+def key(layers: dict[str, nn.Module | None], x: Deferred) -> str:
+    """The name of a block on an image, or on two, in the table of what was measured."""
     words = []
     for letter, layer in layers.items():
         if isinstance(layer, Conv):
@@ -126,13 +129,16 @@ def key(layers: dict[str, nn.Module | None], image: Tensor) -> str:
             words += ["dropout"] if layer is not None and layer.training else []
         elif layer is not None:
             words.append(type(layer).__name__)
+    image = x.raw
     last = image.shape[1] > 1 and image.stride(1) == 1
+    n, _, *size = image.shape
+    channels = "+".join(str(part.shape[1]) for part in x.parts or (x,))
     device = image.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else ""
     kind = f"{'last' if last else 'first'} {image.dtype} {dtype}".replace("torch.", "").strip()
     training = torch.is_grad_enabled() if _listener.training is None else _listener.training
     use = "training" if training else "inference"
-    return f"{'x'.join(map(str, image.shape))} {kind}, {', '.join(words)}, {use}"
+    return f"{'x'.join(map(str, (n, channels, *size)))} {kind}, {', '.join(words)}, {use}"
 
 
 def why_not(engine: str, conv: nn.Module | None) -> str | None:
@@ -154,7 +160,7 @@ def _why_plain(block: nn.Module, layers: dict[str, nn.Module | None], x: Deferre
         return f"its convolution is a {type(conv).__name__}"
     if conv.padding_mode != "zeros":
         return f"padding_mode={conv.padding_mode!r}"
-    if norm is not None and (why := _why_no_norm(norm, x.raw)):
+    if norm is not None and (why := _why_no_norm(norm, x.image)):
         return why
     if activation is not None and activation_of(activation) is None:
         return f"no kernel has the activation {type(activation).__name__}"
@@ -232,7 +238,7 @@ def moments_after(steps: list[str], layers: dict[str, Any]) -> Activation | None
 
 def normalized(x: Deferred, norm: Any) -> Deferred:
     """A norm of torch or of ours as a step, its running statistics kept as its own forward does."""
-    n, c, *size = x.raw.shape
+    n, c, *size = x.shape
     kind = type(norm)
     groups = kind in _GROUP
     channels = norm.num_channels if groups else norm.num_features
@@ -266,7 +272,7 @@ def dropped(x: Deferred, dropout: Any) -> Deferred:
     """Channel dropout as a step; the same channels as its own forward would drop."""
     if not dropout.training or dropout.p == 0:
         return x
-    n, c, *size = x.raw.shape
+    n, c, *size = x.shape
     ones = x.raw.new_ones(n, c, *[1] * len(size))
     factor = torch.feature_dropout(ones, dropout.p, True).reshape(n, c)
     return x.scaled(factor.to(torch.promote_types(factor.dtype, torch.float32)))
@@ -302,7 +308,7 @@ def fuses(kind: type) -> type:
 _FORWARD: dict[type, Any] = {}
 
 
-def _defers(module: nn.Module) -> bool:
+def defers(module: nn.Module) -> bool:
     """Whether `module.defer` does what calling it does: nobody has put another forward there."""
     kind = type(module)
     own = next((_FORWARD[base] for base in kind.__mro__ if base in _FORWARD), None)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cassetta import functional
@@ -16,6 +15,8 @@ from cassetta.core.typing import (
     OneOrSeveral,
     SeparableType,
 )
+from cassetta.functional import Deferred, defer, materialize
+from cassetta.layers import fusing
 from cassetta.layers.blocks import ConvGroup
 from cassetta.layers.simple import Chain
 from cassetta.layers.updown import (
@@ -29,6 +30,7 @@ from cassetta.layers.updown import (
 )
 
 
+@fusing.fuses
 class DownGroup(Chain):
     """A way down, such as `DownPool`, followed by a block of layers."""
 
@@ -50,11 +52,18 @@ class DownGroup(Chain):
 
     def forward(self, inp: Tensor) -> Any:
         """(B, inp_channels, *size) -> (B, out_channels, *(size // factor)) [, indices]"""
-        down, block = self
         if self.return_indices:
+            down, block = self
             out, indices = down(inp)
             return block(out), indices
-        return block(down(inp))
+        return materialize(self.defer(defer(inp)))
+
+    def defer(self, x: Deferred) -> Any:
+        """`forward` of what x stands for, which need not be computed on the way."""
+        if self.return_indices:
+            return self.forward(x.z())
+        down, block = self
+        return defer(fusing.run(block, fusing.run(down, x)))
 
 
 class DownConvGroup(DownGroup):
@@ -110,6 +119,7 @@ class DownConvGroup(DownGroup):
         super().__init__(module_down, group)
 
 
+@fusing.fuses
 class UpGroup(Chain):
     """A way up, such as `UpConv`, that meets skip connections, followed by a block of layers."""
 
@@ -145,22 +155,40 @@ class UpGroup(Chain):
         -------
         out : (B, out_channels, *out_size) tensor
         """
-        up, block = self
         check.any_image(inp)
-        if isinstance(up, Level):  # which tells before it works what it will return
-            self.fitted_shape(inp.shape, skips)
+        for skip in skips:
+            check.image(skip, inp.ndim - 2, name="skip")
         options: dict[str, Any] = {} if indices is None else {"indices": indices}
+        return materialize(self.defer(defer(inp), *map(defer, skips), **options))
+
+    def defer(self, x: Deferred, *skips: Deferred, **options: Any) -> Deferred:
+        """`forward` of what x and the skip connections stand for."""
+        up, block = self
+        if isinstance(up, Level):  # which tells before it works what it will return
+            self.fitted_shape(x.shape, skips)
         if skips and isinstance(up, UpPool):
             options["out_size"] = skips[0].shape[2:]
-        out = up(inp, **options)
+        out = defer(up(x.z(), **options) if options else fusing.run(up, x))
         if skips:
             if not isinstance(up, Level):
-                self._check_skips(skips, out.shape, (2,) * (out.ndim - 2))
-            out = functional.fit(out, skips[0].shape[2:])
-            out = torch.cat([out, *skips], dim=1) if self.skip else sum(skips, out)
-        return block(out)
+                self._check_skips(skips, out.shape, (2,) * (len(out.shape) - 2))
+            out = self._met(out, skips)
+        return defer(fusing.run(block, out))
 
-    def fitted_shape(self, shape: Sequence[int], skips: Sequence[Tensor]) -> tuple[int, ...]:
+    def _met(self, out: Deferred, skips: Sequence[Deferred]) -> Deferred:
+        """The upsampled image and the skip connections, side by side or added."""
+        size = skips[0].shape[2:]
+        if out.shape[2:] != size:
+            out = Deferred(functional.fit(out.z(), size))
+        if self.skip:
+            return functional.join(out, *skips)
+        for skip in skips:
+            out = out.plus(skip.z())
+        return out
+
+    def fitted_shape(
+        self, shape: Sequence[int], skips: Sequence[Tensor | Deferred]
+    ) -> tuple[int, ...]:
         """The shape that leaves the group; refuses skip connections that do not fit.
 
         Parameters
@@ -187,12 +215,12 @@ class UpGroup(Chain):
         return batch, channels, *(skips[0].shape[2:] if skips else size)
 
     def _check_skips(
-        self, skips: Sequence[Tensor], shape: Sequence[int], factor: Sequence[int]
+        self, skips: Sequence[Tensor | Deferred], shape: Sequence[int], factor: Sequence[int]
     ) -> None:
         """Refuse skip connections that do not fit an upsampled image of this shape."""
         batch, channels, *size = shape
         for skip in skips:
-            check.image(skip, len(size), name="skip")
+            check.image(defer(skip).image, len(size), name="skip")
         have = [skip.shape[1] for skip in skips]
         taken = getattr(self[1], "inp_channels", None)  # a user's block may not say
         if self.skip and taken not in (None, channels + sum(have)):

@@ -221,13 +221,12 @@ class ModuleGroup(Chain):
         out = fusing.run(self[n], x)
         if not self.residual:
             return out
-        return defer(out).plus(_matching(materialize(x), out, self.skip if n == 0 else 0))
+        return defer(out).plus(_matching(defer(x), out, self.skip if n == 0 else 0))
 
 
-def _matching(before: Tensor, out: Tensor | Deferred, skip: int) -> Tensor:
+def _matching(x: Deferred, out: Tensor | Deferred, skip: int) -> Tensor:
     """The part of a module's input that is added to its output."""
-    if skip:
-        before = before[:, : out.shape[1]]
+    before = x.leading(out.shape[1]) if skip else x.z()
     if before.shape != out.shape:
         raise ValueError(
             f"residual=True needs modules that preserve the shape, but one turned "

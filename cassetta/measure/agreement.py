@@ -44,6 +44,10 @@ SLAB = 2**27
 IMAGE = "gradient of the image"
 
 
+Images = Tensor | Sequence[Tensor]
+"""What a network is called with: one, or several."""
+
+
 class Step(NamedTuple):
     """What came of a network: names of what is returned, and the tensors."""
 
@@ -51,32 +55,37 @@ class Step(NamedTuple):
     tensors: tuple[Tensor, ...]
 
 
-def step(net: nn.Module, image: Tensor, training: bool, engine: str | None = None) -> Step:
-    """The output, and in training the gradients of the image and of the parameters.
+def step(net: nn.Module, images: Images, training: bool, engine: str | None = None) -> Step:
+    """The output, and in training the gradients of the images and of the parameters.
 
-    The gradient of the output is drawn; that of the image is asked for. Nothing is accumulated.
+    The gradient of the output is drawn; that of an image is asked for. Nothing is accumulated.
     """
     with dispatch.use_engine(engine) if engine else contextlib.nullcontext():
         torch.manual_seed(0)  # the same channels are dropped
         if not training:
             with torch.no_grad():
-                return Step(("output",), (net(image),))
-        image = image.detach().requires_grad_()
-        output = net(image)
+                return Step(("output",), (net(*_several(images)),))
+        images = [image.detach().requires_grad_() for image in _several(images)]
+        output = net(*images)
         torch.manual_seed(1)
         cotangent = torch.randn(output.shape, dtype=torch.float32, device=output.device)
         named = {n: p for n, p in net.named_parameters() if p.requires_grad}
         grads = torch.autograd.grad(
-            output, [image, *named.values()], cotangent.to(output.dtype), allow_unused=True
+            output, [*images, *named.values()], cotangent.to(output.dtype), allow_unused=True
         )
-        found = {"output": output.detach(), IMAGE: grads[0]}
-        found |= {f"gradient of {n}": g for n, g in zip(named, grads[1:], strict=True)}
+        names = [IMAGE, *[f"{IMAGE} beside it"] * (len(images) - 1)]
+        names += [f"gradient of {name}" for name in named]
+        found = {"output": output.detach(), **dict(zip(names, grads, strict=True))}
         kept = {name: tensor for name, tensor in found.items() if tensor is not None}
         return Step(tuple(kept), tuple(kept.values()))
 
 
+def _several(images: Images) -> Sequence[Tensor]:
+    return (images,) if isinstance(images, Tensor) else images
+
+
 def disagreement(
-    net: nn.Module, image: Tensor, training: bool, engine: str, deep: bool = False
+    net: nn.Module, images: Images, training: bool, engine: str, deep: bool = False
 ) -> str | None:
     """Why the engine is not to be trusted with this network and image; None if it is.
 
@@ -86,7 +95,7 @@ def disagreement(
     ----------
     net : Module
         The network, on the device of the image.
-    image : (N, C, *X) tensor
+    images : [list of] (N, C, *X) tensor
         What it is called with.
     training : bool
         Compare gradients too.
@@ -96,16 +105,18 @@ def disagreement(
         Whether it is a deep network, and not a block.
     """
     # float64 draws other channels to drop than the other types do, on a GPU
-    dtype = torch.float32 if training and _drops(net) else higher(image)
-    devices = [image.device] if image.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        ours = attempt(lambda: step(copy.deepcopy(net), image, training, engine))
+    images = _several(images)
+    dtype = torch.float32 if training and _drops(net) else higher(images[0])
+    device = images[0].device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        ours = attempt(lambda: step(copy.deepcopy(net), images, training, engine))
         if isinstance(ours, str):
             return ours
-        same = step(copy.deepcopy(net), image, training, "reference")
-        with _exactly(image.device.type):
+        same = step(copy.deepcopy(net), images, training, "reference")
+        with _exactly(device.type):
             precise = copy.deepcopy(net).to(dtype)
-            truth = step(precise, image.to(dtype), training, "reference")
+            exact = [image.to(dtype) for image in images]
+            truth = step(precise, exact, training, "reference")
     return judge(ours, same, truth, deep)
 
 
@@ -268,7 +279,7 @@ def _apart(one: Step, truth: Step, size: Callable[[Tensor], float]) -> list[floa
 
 
 def _of_parameter(name: str) -> bool:
-    return name.startswith("gradient of ") and name != IMAGE
+    return name.startswith("gradient of ") and not name.startswith(IMAGE)
 
 
 def _largest(one: Tensor) -> float:

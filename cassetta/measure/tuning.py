@@ -24,6 +24,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
+from cassetta import functional
 from cassetta.explanation import watch
 from cassetta.kernels import configs, dispatch, evidence, reference
 from cassetta.kernels.evidence import Record
@@ -130,7 +131,7 @@ def tune(
         reasons = [one.choice.reason or one.choice.evidence for one in ran] or ["it has no blocks"]
         return Tuning([], 0, f"there is nothing to choose: {max(reasons, key=reasons.count)}")
     rows: list[Found] = []
-    todo = sorted(blocks.values(), key=lambda one: -one.image.numel())
+    todo = sorted(blocks.values(), key=lambda one: -sum(image.numel() for image in one.images))
     gpus = [device.index or 0] if device.type == "cuda" else []
     with Progress(disable=not progress, transient=True) as bar, torch.random.fork_rng(devices=gpus):
         for n, one in enumerate(bar.track(todo, description="tuning")):
@@ -147,13 +148,13 @@ def _tune_block(ran: fusing.Ran, device: torch.device, training: bool, again: bo
     tried = set() if known is None else {*known.ms, *known.refused}
     if known is not None and not again and tried >= ENGINES.keys():  # one may have come since
         return [Found(ran.key, known.choice, known.evidence, False)]
-    net = copy.deepcopy(ran.block).requires_grad_(training)
+    net = _Block(copy.deepcopy(ran.block)).requires_grad_(training)
     rows: list[Found] = []
     try:
-        images = _images(ran.image, device)
+        images = _images(ran.images, device)
         refused: dict[str, str] = {}
         for name in ENGINES:
-            why = fusing.why_not(name, getattr(net, "conv", None))
+            why = fusing.why_not(name, getattr(ran.block, "conv", None))
             if name != "reference" and why is None:
                 why = agreement.disagreement(net, images[0], training, name)
             try:
@@ -172,30 +173,47 @@ def _tune_block(ran: fusing.Ran, device: torch.device, training: bool, again: bo
     return [*rows, Found(ran.key, record.choice, record.evidence, True)]
 
 
+class _Block(nn.Module):
+    """A block, called with the images that it reads side by side."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *images: Tensor) -> Tensor:
+        """(N, C, *X) each -> (N, K, *X)"""
+        x = functional.defer(images[0])
+        if len(images) > 1:
+            x = functional.join(x, *map(functional.defer, images[1:]))
+        return fusing.run_as_written(self.block, x)
+
+
 def _tune_passes(
-    net: nn.Module, image: Tensor, training: bool, again: bool, engine: str
+    net: nn.Module, images: Sequence[Tensor], training: bool, again: bool, engine: str
 ) -> Iterator[Found]:
     """The plan of each pass that the block asks for, run by this engine."""
-    table = evidence.table(image.device)
+    table = evidence.table(images[0].device)
     with configs.listening() as asked:
-        agreement.step(net, image, training, engine)
+        agreement.step(net, images, training, engine)
     for key, one in asked.items():
         if again or table.find(key) is None:
-            record = _fastest_plan(one, image.device)
+            record = _fastest_plan(one, images[0].device)
             table.add(key, record)
             yield Found(key, record.choice, record.evidence, True)
 
 
-def _run(net: nn.Module, images: list[Tensor], training: bool, engine: str) -> Callable[[int], Any]:
+def _run(
+    net: nn.Module, images: list[tuple[Tensor, ...]], training: bool, engine: str
+) -> Callable[[int], Any]:
     """What is timed: forward, and in training backward."""
     parameters = list(net.parameters())
     cotangent = torch.randn_like(agreement.step(net, images[0], False, engine).tensors[0])
 
     def run(k: int) -> object:
-        image = images[k % len(images)].detach().requires_grad_(training)
+        given = [one.detach().requires_grad_(training) for one in images[k % len(images)]]
         with dispatch.use_engine(engine), torch.set_grad_enabled(training):
-            out = net(image)
-            return torch.autograd.grad(out, [image, *parameters], cotangent) if training else out
+            out = net(*given)
+            return torch.autograd.grad(out, [*given, *parameters], cotangent) if training else out
 
     return run
 
@@ -212,7 +230,8 @@ def _fastest_plan(what: configs.Pass | configs.Product, device: torch.device) ->
     if isinstance(what, configs.Product):
         work = agreement.ProductWork.drawn(what, device)
     else:
-        work = agreement.Work.drawn(_images(what.image, device, 3), Activation("silu"))
+        drawn = [one for (one,) in _images((what.image,), device, 3)]
+        work = agreement.Work.drawn(drawn, Activation("silu"))
     same = work.step(reference, name)
     truth = work.to(agreement.higher(work.x)).step(reference, name)
     refused, runs = {}, {}
@@ -237,10 +256,11 @@ def _planned(plan: Any, name: str, work: Any) -> Callable[[int], Any]:
     return run
 
 
-def _images(image: Tensor, device: torch.device, count: int | None = None) -> list[Tensor]:
-    """Random images like this one, enough of them that no cache holds them all."""
-    count = nb_inputs(image.nbytes, device) if count is None else count
-    images = []
-    for _ in range(count):
-        images.append(torch.empty_like(image, device=device).normal_())
-    return images
+def _images(
+    like: tuple[Tensor, ...], device: torch.device, count: int | None = None
+) -> list[tuple[Tensor, ...]]:
+    """Random images like these, so often that no cache holds them all."""
+    count = nb_inputs(sum(one.nbytes for one in like), device) if count is None else count
+    return [
+        tuple(torch.empty_like(one, device=device).normal_() for one in like) for _ in range(count)
+    ]

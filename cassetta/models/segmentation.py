@@ -8,8 +8,9 @@ from cassetta import backbones
 from cassetta.backbones.presets import find_preset
 from cassetta.core import check
 from cassetta.core.typing import ActivationType, OneOrSeveral
+from cassetta.functional import Deferred, materialize
 from cassetta.io.loadable import LoadableMixin
-from cassetta.layers import ConvBlock
+from cassetta.layers import ConvBlock, fusing
 from cassetta.layers.simple import Chain
 
 BACKBONES = {
@@ -119,14 +120,17 @@ class SegNet(LoadableMixin, Chain):
             If the image has other dimensions or channels, or is too small for the backbone.
         """
         self._check(inp)
-        return super().forward(inp)
+        out: Tensor | Deferred = inp
+        for part in self:
+            out = fusing.run(part, out)
+        return materialize(out)
 
     def predict_logits(self, inp: Tensor) -> Tensor:
         """(B, inp_channels, *size) -> (B, out_channels, *size), before the last activation"""
         self._check(inp)
         features, backbone, head = self
         last = head.conv if isinstance(head, ConvBlock) else head
-        return last(backbone(features(inp)))
+        return last(fusing.run_as_written(backbone, fusing.run(features, inp)))
 
     def _check(self, inp: Tensor) -> None:
         """Refuse what some part could not work with, before the first one has worked."""
