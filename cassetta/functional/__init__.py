@@ -17,4 +17,10 @@ from cassetta.functional.deferred import (
 )
 from cassetta.functional.gemm import conv_gemm as conv_gemm
 from cassetta.functional.norm import Norm as Norm, Pool as Pool
-from cassetta.functional.resize import fit as fit, nth as nth, resize as resize
+from cassetta.functional.resize import (
+    fit as fit,
+    is_linear as is_linear,
+    nth as nth,
+    resize as resize,
+)
+from cassetta.functional.transposed import conv_transposed_deferred as conv_transposed_deferred

@@ -13,7 +13,8 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from cassetta.core.typing import BoundType
-from cassetta.functional.deferred import Deferred, first_order
+from cassetta.functional.deferred import Deferred
+from cassetta.functional.nodes import first_order
 from cassetta.kernels import dispatch, library, ops
 from cassetta.kernels.activations import BY_RESULT
 from cassetta.kernels.types import (

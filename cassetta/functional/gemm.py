@@ -2,18 +2,18 @@
 
 Forward, bias and activation, and the moments that the next norm asks for, leave with the product;
 backward, the sums that the norm before it asks for. The operand z is built once, channels last in
-whole words, and again for the gradient of the weights; where there is one tap, the kernel builds it
-while it loads. Two images are read as one: nothing is concatenated.
+whole words, and again for the gradient of the weights; where each voxel is read once, the kernel
+builds it while it loads. Two images are read as one: nothing is concatenated.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from cassetta.functional.deferred import Deferred, first_order
+from cassetta.functional.deferred import Deferred, Launch
+from cassetta.functional.nodes import first_order
 from cassetta.kernels import ops
 from cassetta.kernels.activations import BY_RESULT
 from cassetta.kernels.types import (
@@ -40,8 +40,9 @@ def conv_gemm(
     """`conv` of what x stands for, with an epilogue, and the moments of what leaves it.
 
     Where a gradient is asked for, the epilogue is an activation that is told by its result
-    (`activations.BY_RESULT`), or nothing. Under autocast x and the parameters are rounded
-    to its dtype.
+    (`activations.BY_RESULT`), or nothing. A residual that is added next leaves with the product,
+    too, unless the gradient or the moments are of what it is added to. Under autocast x and the
+    parameters are rounded to its dtype.
     """
     x, second = x.parts or (x.settled(), None)
     dtype = x.raw.dtype
@@ -54,15 +55,28 @@ def conv_gemm(
             "or use torch.autocast"
         )
     (z, sums, *pending), (z2, sums2, *pending2) = _read(x, dtype), _read(second, dtype)
-    y, *own = _ImplicitGemm.apply(
-        z, sums, z2, sums2, weight, bias, *pending, *pending2, geometry, *flat(epilogue),
-        *_of(moments_of),
-    )  # type: ignore[misc]  # fmt: skip
+
+    def run(residual: Tensor | None) -> tuple[Tensor, ...]:
+        return _ImplicitGemm.apply(
+            z, sums, z2, sums2, weight, bias, residual, *pending, *pending2, geometry,
+            *flat(epilogue), *_of(moments_of),
+        )  # type: ignore[return-value]  # fmt: skip
+
+    if moments_of is not None:
+        y, *own = run(None)
+        return Deferred(_activated(y, epilogue), own=Moments(*own), own_of=moments_of)
     if torch.is_grad_enabled() and not epilogue.is_identity:
-        y = _Activated.apply(y, *_of(epilogue.activation))
-    if moments_of is None:
-        return Deferred(y)
-    return Deferred(y, own=Moments(*own), own_of=moments_of)
+        return Deferred(_activated(run(None)[0], epilogue))
+    size = geometry.size_of(x.shape[2:], weight.shape[2:])
+    like = weight.new_empty(()).expand(x.shape[0], weight.shape[0], *size)
+    return Deferred(Launch(lambda residual: run(residual)[0], like))
+
+
+def _activated(y: Tensor, epilogue: Prologue) -> Tensor:
+    """y, which left its convolution activated, with the gradient of that."""
+    if epilogue.is_identity or not torch.is_grad_enabled():
+        return y
+    return _Activated.apply(y, *_of(epilogue.activation))  # type: ignore[return-value]
 
 
 def _read(x: Deferred | None, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -86,11 +100,11 @@ def _of(activation: Activation | None) -> tuple[Any, ...]:
 
 
 class _ImplicitGemm(Function):
-    """y = act(z * w + b) and its moments; z being built of x, or of x and x2, when it is needed."""
+    """y = act(z * w + b) + r and its moments; z being built of x, or of x and x2, when needed."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, sums: Any, x2: Any, sums2: Any, w: Tensor, b: Any, *rest: Any
+        ctx: Any, x: Tensor, sums: Any, x2: Any, sums2: Any, w: Tensor, b: Any, r: Any, *rest: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         pending, pending2, (ctx.geometry, *leaving), of = (
             rest[:10], rest[10:20], rest[20:29], rest[29:],
@@ -100,10 +114,10 @@ class _ImplicitGemm(Function):
         kept, ctx.inner = _apart(pending)
         kept2, ctx.inner2 = _apart(pending2)
         ctx.save_for_backward(x, x2, w, *kept, *kept2)
-        z, loaded = _operand(x, unflat(pending[:8]), w)
+        z, loaded = _operand(x, unflat(pending[:8]), w, ctx.geometry)
         z2 = None if x2 is None else _built(x2, unflat(pending2[:8]), w.dtype)
         y, mean, var = ops.conv_fprop(
-            z, loaded, w, b, ctx.geometry, z2, unflat(leaving), None,
+            z, loaded, w, b, ctx.geometry, z2, unflat(leaving), r,
             None if of[0] is None else Activation(*of),
         )  # fmt: skip
         ctx.mark_non_differentiable(mean, var)
@@ -121,13 +135,16 @@ class _ImplicitGemm(Function):
         dz2, dsums2 = _image_gradient(ctx, g, w[:, c:], two, needs[2], ctx.is_summed[1])
         if needs[4] or needs[5]:
             taps = tuple(w.shape[2:])
-            dw, db = ops.conv_wgrad(g, *_operand(x, one.prologue, w), taps, ctx.geometry)
+            dw, db = ops.conv_wgrad(
+                g, *_operand(x, one.prologue, w, ctx.geometry), taps, ctx.geometry
+            )
             if two is not None:
                 z2 = _built(two.x, two.prologue, w.dtype)
                 dw = torch.cat([dw, ops.conv_wgrad(g, z2, NOTHING, taps, ctx.geometry)[0]], 1)
             dw = dw.to(w.dtype) if needs[4] else None
             db = db.to(w.dtype) if needs[5] else None
-        return dz, dsums, dz2, dsums2, dw, db, *[None] * ctx.nb_others
+        dr = g if needs[6] else None
+        return dz, dsums, dz2, dsums2, dw, db, dr, *[None] * ctx.nb_others
 
 
 class _Image(NamedTuple):
@@ -181,9 +198,14 @@ class _Activated(Function):
         return dy, None, None, None
 
 
-def _operand(x: Tensor, prologue: Prologue, w: Tensor) -> tuple[Tensor, Prologue]:
-    """What the kernel reads, and what of the pending transform it applies while it loads."""
-    if math.prod(w.shape[2:]) == 1:
+def _operand(
+    x: Tensor, prologue: Prologue, w: Tensor, geometry: Geometry
+) -> tuple[Tensor, Prologue]:
+    """What the kernel reads, and what of the pending transform it applies while it loads.
+
+    All of it, where it reads each voxel once; else that would cost more than the pass it saves.
+    """
+    if all(t <= s for t, s in zip(w.shape[2:], geometry.stride, strict=True)):
         return x, prologue
     return _built(x, prologue, w.dtype), NOTHING
 

@@ -51,12 +51,17 @@ def resize(
     for axis, (size, length, zoom) in enumerate(zip(sizes, lengths, zooms, strict=True)):
         where = _positions(inp, size, length, zoom, nth(anchor, axis)[0].lower())
         order, edge = nth(interpolation, axis), Bound(to_int(nth(bound, axis)))
-        if order in (1, "linear") and edge == Bound.zero and extrapolate:
+        if is_linear(order, edge, extrapolate):
             matrix = _hats(where, size)
         else:
             matrix = _splines(where, size, order, edge, extrapolate, prefilter)
         inp = _along(inp, axis + 2, matrix.to(inp.dtype))
     return inp
+
+
+def is_linear(order: Any, bound: Any, extrapolate: bool) -> bool:
+    """Whether it is linear interpolation between zeros, which is a formula."""
+    return order in (1, "linear") and Bound(to_int(bound)) == Bound.zero and extrapolate
 
 
 def _scaled(size: int, factor: float) -> int:

@@ -6,7 +6,7 @@ carries no hook. Any other module meets tensors, as always.
 """
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -76,6 +76,7 @@ class Ran(NamedTuple):
     choice: Choice
     images: tuple[Tensor, ...]  # that it read side by side, without data
     key: str  # of the block on this image
+    engines: tuple[str, ...]  # that can run it
 
 
 @contextmanager
@@ -101,22 +102,40 @@ def choose(
         Modules by letter: n norm, c conv, d dropout, a activation, x attention; in their order.
     """
     why = _why_plain(block, layers, x)
+    able = tuple(name for name in engines if why_not(name, layers["c"]) is None)
+    what = lambda: ", ".join(words(layers))  # noqa: E731
     if why is None and process_group(layers.get("n")) is not None:
         choice = Choice("library", "", "torch's own SyncBatchNorm is for GPUs only")
-    else:
-        able = [name for name in engines if why_not(name, layers["c"]) is None]
-        choice = dispatch.choose(x.image, why, lambda: key(layers, x), able)
+        return _told(block, choice, x, what, able)
+    return choose_for(block, x, what, why, able)
+
+
+def choose_for(
+    module: nn.Module, x: Deferred, what: Callable[[], str], why: str | None, able: tuple[str, ...]
+) -> Choice:
+    """Who of those that are able runs a module on x; nobody, if there is a reason why.
+
+    `what` it does, is called if the table of what was measured is looked into, or somebody listens.
+    """
+    choice = dispatch.choose(x.image, why, lambda: key(what(), x), able)
+    return _told(module, choice, x, what, able)
+
+
+def _told(
+    module: nn.Module, choice: Choice, x: Deferred, what: Callable[[], str], able: tuple[str, ...]
+) -> Choice:
+    """The choice, of which whoever listens is told."""
     if _listener.log is not None:
         images = tuple(
             torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device="meta")
             for one in (part.raw for part in x.parts or (x,))
         )
-        _listener.log.append(Ran(block, choice, images, key(layers, x)))
+        _listener.log.append(Ran(module, choice, images, key(what(), x), able))
     return choice
 
 
-def key(layers: dict[str, nn.Module | None], x: Deferred) -> str:
-    """The name of a block on an image, or on two, in the table of what was measured."""
+def words(layers: dict[str, nn.Module | None]) -> list[str]:
+    """What these layers do."""
     words = []
     for letter, layer in layers.items():
         if isinstance(layer, Conv):
@@ -129,6 +148,11 @@ def key(layers: dict[str, nn.Module | None], x: Deferred) -> str:
             words += ["dropout"] if layer is not None and layer.training else []
         elif layer is not None:
             words.append(type(layer).__name__)
+    return words
+
+
+def key(what: str, x: Deferred) -> str:
+    """The name of what is done with an image, or with two, in the table of what was measured."""
     image = x.raw
     last = image.shape[1] > 1 and image.stride(1) == 1
     n, _, *size = image.shape
@@ -138,7 +162,7 @@ def key(layers: dict[str, nn.Module | None], x: Deferred) -> str:
     kind = f"{'last' if last else 'first'} {image.dtype} {dtype}".replace("torch.", "").strip()
     training = torch.is_grad_enabled() if _listener.training is None else _listener.training
     use = "training" if training else "inference"
-    return f"{'x'.join(map(str, (n, channels, *size)))} {kind}, {', '.join(words)}, {use}"
+    return f"{'x'.join(map(str, (n, channels, *size)))} {kind}, {what}, {use}"
 
 
 def why_not(engine: str, conv: nn.Module | None) -> str | None:
@@ -153,9 +177,8 @@ def _why_plain(block: nn.Module, layers: dict[str, nn.Module | None], x: Deferre
     conv, norm, activation, dropout = (layers.get(letter) for letter in "cnad")
     if any(child not in layers.values() for child in block.children()):
         return "layers were appended to it"
-    for layer in layers.values():
-        if layer is not None and not _is_bare(layer):
-            return f"a hook is attached to its {type(layer).__name__}"
+    if (why := why_hooked(layers.values())) is not None:
+        return why
     if type(conv) is not Conv:
         return f"its convolution is a {type(conv).__name__}"
     if conv.padding_mode != "zeros":
@@ -168,6 +191,14 @@ def _why_plain(block: nn.Module, layers: dict[str, nn.Module | None], x: Deferre
         return f"no kernel has the dropout {type(dropout).__name__} in {x.raw.ndim - 2}-D"
     alone = process_group(norm) is None  # else the other processes wait for what is found here
     return "the batch is empty" if alone and x.raw.shape[0] == 0 else None
+
+
+def why_hooked(layers: Iterable[nn.Module | None]) -> str | None:
+    """Why these layers must be called as users call them, as a sentence."""
+    for layer in layers:
+        if layer is not None and not _is_bare(layer):
+            return f"a hook is attached to its {type(layer).__name__}"
+    return None
 
 
 def _why_no_norm(norm: Any, x: Tensor) -> str | None:

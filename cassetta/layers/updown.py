@@ -1,7 +1,8 @@
 """Ways down and up a level: strided convolution, pooling, interpolation.
 
-None has an activation, a norm or dropout. Where pooling or interpolation changes the number of
-channels, a 1x1 convolution sees to it at the coarse end.
+None has an activation, a norm or dropout of its own; what is pending before it is applied while it
+reads. Where pooling or interpolation changes the number of channels, a 1x1 convolution sees to it
+at the coarse end.
 """
 
 from collections.abc import Sequence
@@ -10,52 +11,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cassetta import functional
 from cassetta.core import check
 from cassetta.core.typing import BoundType, InterpolationType, OneOrSeveral
+from cassetta.functional import Deferred
+from cassetta.layers import fusing
 from cassetta.layers.interpol import Resize
 from cassetta.layers.simple import DoNothing
+from cassetta.layers.ways import (
+    CONV,
+    CONV_TRANSPOSED,
+    Level,
+    convolved,
+    interpolated,
+    unpadded,
+    why_other,
+    why_other_interpolation,
+)
 
-_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_CONV_TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 _POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 _UNPOOL = {1: nn.MaxUnpool1d, 2: nn.MaxUnpool2d, 3: nn.MaxUnpool3d}
 
 
-class Level(nn.Module):
-    """What every way down or up knows of itself."""
-
-    inp_channels: int
-    out_channels: int
-    factor: tuple[int, ...]
-
-    @property
-    def ndim(self) -> int:
-        """Number of spatial dimensions."""
-        return len(self.factor)
-
-    def _describe(self, ndim: Any, inp: Any, out: Any, factor: Any) -> None:
-        """Check and store the arguments that all share."""
-        ndim = check.dimensions(ndim)
-        self.inp_channels = check.whole("inp_channels", inp)
-        self.out_channels = check.whole("out_channels", inp if out is None else out)
-        self.factor = check.per_dimension("factor", factor, ndim)
-
-    def _check(self, inp: Tensor, down: bool) -> None:
-        check.image(inp, len(self.factor), self.inp_channels)
-        if down and any(n < f for n, f in zip(inp.shape[2:], self.factor, strict=True)):
-            raise ValueError(
-                f"inp has size {tuple(inp.shape[2:])}, too small to be divided by {self.factor}"
-            )
-
-    def _pointwise(self) -> list[nn.Module]:
-        """A 1x1 convolution, if the number of channels changes."""
-        if self.inp_channels == self.out_channels:
-            return []
-        return [_CONV[len(self.factor)](self.inp_channels, self.out_channels, kernel_size=1)]
-
-
 class DownConv(Level):
     """Downsample by a convolution whose stride is its kernel size."""
+
+    is_down = True
 
     def __init__(
         self,
@@ -78,21 +59,27 @@ class DownConv(Level):
         """
         super().__init__()
         self._describe(ndim, inp_channels, out_channels, factor)
-        self.conv = _CONV[self.ndim](
+        self.conv = CONV[self.ndim](
             self.inp_channels, self.out_channels, kernel_size=self.factor, stride=self.factor
         )
 
     def __repr__(self) -> str:
         return repr(self.conv)
 
-    def forward(self, inp: Tensor) -> Tensor:
-        """(B, inp_channels, *size) -> (B, out_channels, *(size // factor))"""
-        self._check(inp, down=True)
+    def _plain(self, inp: Tensor) -> Tensor:
         return self.conv(inp)
+
+    def _fused(self, x: Deferred, engine: str) -> Deferred:
+        return convolved(x, self.conv, engine)
+
+    def _why_plain(self) -> str | None:
+        return why_other(self.conv, CONV[self.ndim], self.factor)
 
 
 class UpConv(Level):
     """Upsample by a transposed convolution whose stride is its kernel size."""
+
+    is_down = False
 
     def __init__(
         self,
@@ -115,21 +102,30 @@ class UpConv(Level):
         """
         super().__init__()
         self._describe(ndim, inp_channels, out_channels, factor)
-        self.conv = _CONV_TRANSPOSED[self.ndim](
+        self.conv = CONV_TRANSPOSED[self.ndim](
             self.inp_channels, self.out_channels, kernel_size=self.factor, stride=self.factor
         )
 
     def __repr__(self) -> str:
         return repr(self.conv)
 
-    def forward(self, inp: Tensor) -> Tensor:
-        """(B, inp_channels, *size) -> (B, out_channels, *(size * factor))"""
-        self._check(inp, down=False)
+    def _plain(self, inp: Tensor) -> Tensor:
         return self.conv(inp)
 
+    def _fused(self, x: Deferred, engine: str) -> Deferred:
+        conv = self.conv
+        geometry = unpadded(conv.kernel_size)
+        return functional.conv_transposed_deferred(x, conv.weight, conv.bias, geometry, engine)
 
+    def _why_plain(self) -> str | None:
+        return why_other(self.conv, CONV_TRANSPOSED[self.ndim], self.factor)
+
+
+@fusing.fuses
 class DownPool(Level, nn.Sequential):
     """Downsample by max pooling, then change channels by a 1x1 convolution."""
+
+    is_down = True
 
     def __init__(
         self,
@@ -175,16 +171,40 @@ class DownPool(Level, nn.Sequential):
         indices : (B, inp_channels, *(size // factor)) tensor[long]
             Where in the image each maximum was. Only if `return_indices`.
         """
-        self._check(x, down=True)
+        if not self.return_indices:
+            return super().forward(x)
+        self._check(x)
         pool, conv = self
-        if self.return_indices:
-            out, indices = pool(x)
-            return conv(out), indices
-        return conv(pool(x))
+        out, indices = pool(x)
+        return conv(out), indices
+
+    def defer(self, x: Deferred) -> Any:
+        """`forward` of what x stands for, which need not be computed on the way."""
+        return self.forward(x.z()) if self.return_indices else super().defer(x)
+
+    def _plain(self, inp: Tensor) -> Tensor:
+        pool, conv = self
+        return conv(pool(inp))
+
+    def _fused(self, x: Deferred, engine: str) -> Deferred:
+        out = Deferred(functional.max_pool(x, self.factor))
+        return convolved(out, self[1], engine) if self._changes_channels else out
+
+    def _why_plain(self) -> str | None:
+        pool, conv = self
+        usual = {"kernel_size": self.factor, "stride": self.factor, "padding": 0, "dilation": 1,
+                 "ceil_mode": False}  # fmt: skip
+        if type(pool) is not _POOL[self.ndim] or vars(pool) | usual != vars(pool):
+            return f"its pooling is {pool}"
+        if not self._changes_channels:
+            return None if type(conv) is DoNothing else f"its last layer is {conv}"
+        return why_other(conv, CONV[self.ndim], (1,) * self.ndim)
 
 
 class UpPool(Level, nn.Sequential):
     """Change channels by a 1x1 convolution, then put each voxel where a maximum was found."""
+
+    is_down = False
 
     def __init__(
         self,
@@ -227,7 +247,7 @@ class UpPool(Level, nn.Sequential):
         -------
         out : (B, out_channels, *out_size) tensor
         """
-        self._check(inp, down=False)
+        self._check(inp)
         expected = (inp.shape[0], self.out_channels, *inp.shape[2:])
         check.tensor(indices, "indices")
         if indices.shape != expected or indices.dtype != torch.int64:
@@ -244,6 +264,8 @@ class DownInterpol(Level, nn.Sequential):
 
     The numbers are those of torch-interpol: see `Resize`.
     """
+
+    is_down = True
 
     def __init__(
         self,
@@ -275,13 +297,19 @@ class DownInterpol(Level, nn.Sequential):
         self.append(Resize(factors, interpolation=interpolation, bound=bound, prefilter=prefilter))
         self.extend(self._pointwise())
 
-    def forward(self, inp: Tensor) -> Tensor:
-        """(B, inp_channels, *size) -> (B, out_channels, *(size // factor))"""
-        self._check(inp, down=True)
+    def _plain(self, inp: Tensor) -> Tensor:
         resize, *conv = self
         # the size itself, because n * (1 / f) may round to just below a whole number
         out = resize(inp, shape=[n // f for n, f in zip(inp.shape[2:], self.factor, strict=True)])
         return conv[0](out) if conv else out
+
+    def _fused(self, x: Deferred, engine: str) -> Deferred:
+        size = [n // f for n, f in zip(x.shape[2:], self.factor, strict=True)]
+        out = interpolated(x, size)
+        return convolved(out, self[1], engine) if self._changes_channels else out
+
+    def _why_plain(self) -> str | None:
+        return why_other_interpolation(self, list(self))
 
 
 class UpInterpol(Level, nn.Sequential):
@@ -290,6 +318,8 @@ class UpInterpol(Level, nn.Sequential):
     The numbers are those of torch-interpol: see `Resize`. With the default boundary condition the
     **edges darken**, because they mix with the zeros around the image.
     """
+
+    is_down = False
 
     def __init__(
         self,
@@ -322,7 +352,12 @@ class UpInterpol(Level, nn.Sequential):
             Resize(self.factor, interpolation=interpolation, bound=bound, prefilter=prefilter)
         )
 
-    def forward(self, inp: Tensor) -> Tensor:
-        """(B, inp_channels, *size) -> (B, out_channels, *(size * factor))"""
-        self._check(inp, down=False)
-        return super().forward(inp)
+    def _plain(self, inp: Tensor) -> Tensor:
+        return nn.Sequential.forward(self, inp)
+
+    def _fused(self, x: Deferred, engine: str) -> Deferred:
+        out = convolved(x, self[0], engine) if self._changes_channels else x
+        return interpolated(out, [n * f for n, f in zip(x.shape[2:], self.factor, strict=True)])
+
+    def _why_plain(self) -> str | None:
+        return why_other_interpolation(self, list(self)[::-1])
