@@ -32,6 +32,14 @@ def like(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(x, dtype=dtype, memory_format=plain)
 
 
+def pooled(x: Tensor, window: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Uninitialized images for the maximum of x over windows, and for where in its window it is."""
+    size = (n // t for n, t in zip(x.shape[2:], window, strict=True))
+    shape = (*x.shape[:2], *size)
+    numbers = torch.uint8 if math.prod(window) <= 256 else torch.int32
+    return empty(shape, x.dtype, x.device), empty(shape, numbers, x.device)
+
+
 def is_padded(x: Tensor) -> bool:
     """Whether x is channels last with words that are not full."""
     c = x.shape[1]
