@@ -30,6 +30,7 @@ from cassetta.kernels import (
     finalize,
     layout,
     pointwise,
+    pool,
     reductions,
     tile,
 )
@@ -46,7 +47,10 @@ from cassetta.kernels.types import (
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
 """Bytes of shared memory that one program may use, by compute capability."""
 
-_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+_TYPES = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8",
+    torch.int32: "*i32",
+}  # fmt: skip
 _MMA = {"wgmma": r"wgmma\.mma_async", "mma": r"\bmma\.sync", "tcgen05": r"tcgen05\.mma"}
 
 
@@ -94,6 +98,7 @@ def check(arch: int) -> Iterator[Report]:
         plan = configs.PLANS[n // 4 % len(configs.PLANS)]  # with every other choice
         with recorded(arch, f"{case}, {plan}", reports), configs.use_plan(plan):
             _run_passes(_image(dtype, kind), activation, full=n % 2 == 0, after=n % 4 < 2)
+            _run_pools(_image(dtype, kind), activation, full=n % 2 == 0, large=n % 4 < 2)
             if activation == "identity":
                 _run_norms(dtype)
         yield from reports
@@ -173,6 +178,16 @@ def _run_passes(x: Tensor, name: str, full: bool, after: bool) -> None:
     if by_result != name:
         q = Prologue(activation=Activation(by_result, 1.0, 20.0), s2=p.s2, t2=p.t2)
         pointwise.prologue_dgrad(x, x, q, None, False)
+
+
+def _run_pools(x: Tensor, name: str, full: bool, large: bool) -> None:
+    """By windows of two; or by `large` ones, whose voxels a byte does not count."""
+    one = torch.empty(x.shape[:2], dtype=torch.float32, device="meta")
+    tables = (one, one) if full else (None, None)
+    p = Prologue(*tables, Activation(name, 1.0, 20.0), one if name == "prelu" else None, *tables)
+    window = ((257, 17, 7)[x.ndim - 3] if large else 2,) * (x.ndim - 2)
+    y, where = pool.max_pool(x, p, window)
+    pool.max_pool_dgrad(y, where, window, tuple(x.shape[2:]))
 
 
 def _run_convolutions(dtype: torch.dtype, c: int, name: str, full: bool) -> None:

@@ -268,8 +268,11 @@ def passes(x: Tensor) -> Any:
 @functools.cache
 def _triton_passes() -> Any:
     """Which import triton, and so are not imported before they are needed."""
-    names = "conv_dgrad", "conv_fprop", "conv_wgrad", "finalize", "flops", "pointwise", "reductions"
-    dgrad, fprop, wgrad, finalize, flops, pointwise, reductions = (
+    names = (
+        "conv_dgrad", "conv_fprop", "conv_wgrad", "finalize", "flops", "pointwise", "pool",
+        "reductions",
+    )  # fmt: skip
+    dgrad, fprop, wgrad, finalize, flops, pointwise, pool, reductions = (
         importlib.import_module(f"cassetta.kernels.{name}") for name in names
     )
     flops.register()
@@ -278,6 +281,8 @@ def _triton_passes() -> Any:
         conv_dgrad=dgrad.conv_dgrad,
         conv_wgrad=wgrad.conv_wgrad,
         conv_transposed=dgrad.conv_transposed,
+        max_pool=pool.max_pool,
+        max_pool_dgrad=pool.max_pool_dgrad,
         moments=reductions.moments,
         materialize=pointwise.materialize,
         concatenate=pointwise.concatenate,

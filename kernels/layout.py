@@ -40,6 +40,23 @@ def wider(x: Tensor, more: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(n, c + more, *size, dtype=dtype, device=x.device)
 
 
+def pooled(x: Tensor, window: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Uninitialized images for the maximum of x over windows, and for where in its window it is."""
+    size = tuple(n // t for n, t in zip(x.shape[2:], window, strict=True))
+    numbers = torch.uint8 if math.prod(window) <= 256 else torch.int32
+    return sized(x, size, x.dtype), sized(x, size, numbers)
+
+
+def sized(x: Tensor, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialized image of another size, with the channels of x, and in its layout."""
+    n, c = x.shape[:2]
+    if is_padded(x):
+        return empty((n, c, *size), dtype, x.device)
+    if c > 1 and x.stride(1) == 1:
+        return torch.empty(n, *size, c, dtype=dtype, device=x.device).movedim(-1, 1)
+    return torch.empty(n, c, *size, dtype=dtype, device=x.device)
+
+
 def is_padded(x: Tensor) -> bool:
     """Whether x is channels last with words that are not full."""
     c = x.shape[1]

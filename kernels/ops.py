@@ -37,6 +37,8 @@ _SCHEMAS = {
     "conv_wgrad": f"(Tensor g, Tensor x, {_PROLOGUE}, int[] taps, {_WALK}) -> (Tensor, Tensor)",
     "conv_transposed": f"(Tensor x, {_PROLOGUE}, Tensor w, Tensor? b, {_WALK}, {_EPILOGUE},"
     " Tensor? residual) -> Tensor",
+    "max_pool": f"(Tensor x, {_PROLOGUE}, int[] window) -> (Tensor, Tensor)",
+    "max_pool_dgrad": "(Tensor g, Tensor where, int[] window, SymInt[] size) -> Tensor",
     "moments": f"(Tensor x, {_PROLOGUE}) -> (Tensor, Tensor)",
     "materialize": f"(Tensor x, {_PROLOGUE}, Tensor? residual, ScalarType dtype, bool words)"
     " -> Tensor",
@@ -93,6 +95,18 @@ def conv_transposed(
     return torch.ops.cassetta.conv_transposed(
         x, *flat(p), w, b, *_numbers(geometry), *flat(epilogue), residual
     )
+
+
+def max_pool(x: Tensor, p: Prologue, window: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """`reference.max_pool`, by whoever runs it."""
+    return torch.ops.cassetta.max_pool(x, *flat(p), window)
+
+
+def max_pool_dgrad(
+    g: Tensor, where: Tensor, window: tuple[int, ...], size: tuple[int, ...]
+) -> Tensor:
+    """`reference.max_pool_dgrad`, by whoever runs it."""
+    return torch.ops.cassetta.max_pool_dgrad(g, where, window, size)
 
 
 def moments(x: Tensor, p: Prologue) -> Moments:
@@ -189,6 +203,15 @@ def _conv_transposed(x: Tensor, *rest: Any) -> Tensor:
     return passes.conv_transposed(x, unflat(p), w, b, _geometry(*walk), unflat(e), residual)
 
 
+def _max_pool(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *prologue, window = rest
+    return dispatch.passes(x).max_pool(x, unflat(prologue), tuple(window))
+
+
+def _max_pool_dgrad(g: Tensor, where: Tensor, window: list[int], size: list[int]) -> Tensor:
+    return dispatch.passes(g).max_pool_dgrad(g, where, tuple(window), tuple(size))
+
+
 def _moments(x: Tensor, *prologue: Any) -> tuple[Tensor, Tensor]:
     mean, var = dispatch.passes(x).moments(x, unflat(prologue))
     return mean, var
@@ -277,6 +300,10 @@ def _no_table(x: Tensor) -> Tensor:
     return x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
+def _fake_max_pool_dgrad(g: Tensor, where: Tensor, window: list[int], size: list[int]) -> Tensor:
+    return layout.sized(where, tuple(size), g.dtype)
+
+
 def _fake_materialize(x: Tensor, *rest: Any) -> Tensor:
     dtype, words = rest[-2:]
     return layout.empty(tuple(x.shape), dtype, x.device) if words else layout.like(x, dtype)
@@ -298,6 +325,8 @@ _IMPLEMENTATIONS = {
     "conv_dgrad": (_conv_dgrad, _fake_conv_dgrad),
     "conv_wgrad": (_conv_wgrad, _fake_conv_wgrad),
     "conv_transposed": (_conv_transposed, _fake_conv_transposed),
+    "max_pool": (_max_pool, lambda x, *rest: layout.pooled(x, rest[-1])),
+    "max_pool_dgrad": (_max_pool_dgrad, _fake_max_pool_dgrad),
     "moments": (_moments, lambda x, *rest: (_tables(x), _tables(x))),
     "materialize": (_materialize, _fake_materialize),
     "concatenate": (_concatenate, lambda x, *rest: layout.wider(x, rest[8].shape[1], rest[-1])),

@@ -6,6 +6,11 @@ convolutions round before their epilogue, too. What convolutions return is chann
 words (`layout`).
 """
 
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -76,6 +81,44 @@ def conv_transposed(
     z = materialize(x, p, None, w.dtype)
     y = library.conv_transposed(z, w, b, geometry, (0,) * (x.ndim - 2))
     return materialize(y, epilogue, residual, w.dtype, words=True)
+
+
+def max_pool(x: Tensor, p: Prologue, window: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The maximum of z, what x (N, C, *X) stands for, over windows: y (N, C, *(X // window)).
+
+    z is rounded to the dtype of x first; y is laid out as x. And where in its window the maximum
+    is, counted row by row, in uint8 for up to 256 places, else int32; as torch has it, the first of
+    equals, and the last NaN. Voxels that a size leaves over at the end are dropped.
+    """
+    z = materialize(x, p, None, x.dtype)
+    y, where = layout.pooled(x, window)
+    y.fill_(-math.inf)
+    where.zero_()
+    for tap, at in enumerate(_places(window, y.shape[2:])):
+        takes = (z[at] > y) | z[at].isnan()
+        y.copy_(torch.where(takes, z[at], y))
+        where.masked_fill_(takes, tap)
+    return y, where
+
+
+def max_pool_dgrad(
+    g: Tensor, where: Tensor, window: tuple[int, ...], size: tuple[int, ...]
+) -> Tensor:
+    """The gradient dz (N, C, *size), given that of y, g (N, C, *Y): g where the maximum was.
+
+    Laid out as `where`.
+    """
+    dz = layout.sized(where, size, g.dtype).zero_()
+    for tap, at in enumerate(_places(window, g.shape[2:])):
+        dz[at] = torch.where(where == tap, g, 0)
+    return dz
+
+
+def _places(window: Sequence[int], size: Sequence[int]) -> Iterator[tuple[Any, ...]]:
+    """For each voxel of a window, in their order, those of an image in so many windows."""
+    for place in itertools.product(*map(range, window)):
+        axes = zip(place, size, window, strict=True)
+        yield (..., *(slice(i, n * t, t) for i, n, t in axes))
 
 
 def moments(x: Tensor, p: Prologue) -> Moments:

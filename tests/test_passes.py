@@ -341,6 +341,10 @@ def test_operators_are_registered_as_torch_wants_them(name, run, layout, request
         "norm_finalize_backward": lambda: ops.norm_finalize_backward(
             sums, own.mean, own.var, centre, before, after, gamma, 20, Pooling("group", 3)
         ),
+        "max_pool": lambda: ops.max_pool(x, p, (3, 2)),
+        "max_pool_dgrad": lambda: ops.max_pool_dgrad(
+            *reference.max_pool(x, p, (3, 2)), (3, 2), (4, 5)
+        ),
         "moments": lambda: ops.moments(x, p),
         "materialize": lambda: ops.materialize(x, p, r, torch.float16),
         "prologue_sums": lambda: ops.prologue_sums(g, x, p, fold.centre, fold, True),

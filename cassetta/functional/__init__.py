@@ -17,6 +17,7 @@ from cassetta.functional.deferred import (
 )
 from cassetta.functional.gemm import conv_gemm as conv_gemm
 from cassetta.functional.norm import Norm as Norm, Pool as Pool
+from cassetta.functional.pool import max_pool as max_pool
 from cassetta.functional.resize import (
     fit as fit,
     is_linear as is_linear,

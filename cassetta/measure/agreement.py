@@ -166,7 +166,12 @@ class Work(NamedTuple):
         """What a pass makes of it."""
         x, g, r, one, p = self
         fold = Fold(one, one, one)
+        two, size = (2,) * (x.ndim - 2), tuple(x.shape[2:])
         found = {
+            "max_pool": lambda: passes.max_pool(x, p, two)[:1],  # rounding decides where it is
+            "max_pool_dgrad": lambda: (
+                passes.max_pool_dgrad(*passes.max_pool(x, NOTHING, two), two, size),
+            ),
             "moments": lambda: passes.moments(x, p),
             "materialize": lambda: (passes.materialize(x, p, r, x.dtype),),
             "materialize_moments": lambda: passes.materialize_moments(x, p, r, x.dtype),
@@ -219,7 +224,10 @@ class ProductWork(NamedTuple):
         return Step(tuple(f"result {n}" for n in range(len(found))), tuple(found))
 
 
-PASSES = ("moments", "materialize", "materialize_moments", "prologue_sums", "prologue_dgrad")
+PASSES = (
+    "max_pool", "max_pool_dgrad", "moments", "materialize", "materialize_moments", "prologue_sums",
+    "prologue_dgrad",
+)  # fmt: skip
 
 
 def judge(ours: Step, same: Step, truth: Step, deep: bool = False) -> str | None:

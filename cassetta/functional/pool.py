@@ -1,0 +1,43 @@
+"""Max pooling of a `Deferred`: the norm and activation before it are applied while it reads.
+
+What is pending need not be computed on the fine image, nor is that kept: for backward, a byte per
+window says where the maximum was.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from torch.autograd import Function
+
+from cassetta.functional.deferred import Deferred
+from cassetta.functional.nodes import first_order
+from cassetta.kernels import ops
+from cassetta.kernels.types import flat, unflat
+
+
+def max_pool(x: Deferred, window: tuple[int, ...]) -> Tensor:
+    """The maximum of what x stands for over windows that do not overlap: (B, C, *(size // window)).
+
+    Voxels that a size leaves over at the end are dropped, as `torch.nn.MaxPool3d(window)` does.
+    """
+    x = x.settled()
+    return _MaxPool.apply(x.handle(), *flat(x.prologue), window)  # type: ignore[return-value]
+
+
+class _MaxPool(Function):
+    """The maximum over windows of z, being built of x while it is read; keeps where it was."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
+        *prologue, window = rest
+        y, where = ops.max_pool(x, unflat(prologue), window)
+        ctx.save_for_backward(where)
+        ctx.window, ctx.size, ctx.nb_others = window, tuple(x.shape[2:]), len(rest)
+        return y
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, g: Tensor) -> tuple:
+        (where,) = ctx.saved_tensors
+        dz = ops.max_pool_dgrad(g, where, ctx.window, ctx.size)
+        return dz, *[None] * ctx.nb_others
