@@ -1,4 +1,4 @@
-"""What tests share: comparisons, which assert and are never called for their value, and a guard."""
+"""What tests share: comparisons, which assert and are never called for their value; watchers."""
 
 from typing import Any
 
@@ -35,6 +35,21 @@ def assert_gradients(module: nn.Module, inp: Tensor) -> None:
 
     inputs = (inp, *(p.detach().clone().requires_grad_() for p in module.parameters()))
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+
+
+class Counted(TorchDispatchMode):
+    """The operators that run, by name."""
+
+    def __enter__(self) -> "Counted":
+        self.ran: list[str] = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ran.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+    def count(self, word: str) -> int:
+        return sum(word in name for name in self.ran)
 
 
 class NothingRead(TorchDispatchMode):

@@ -7,7 +7,6 @@ import itertools
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
@@ -20,7 +19,7 @@ from cassetta.kernels.types import Activation
 from cassetta.layers import ChannelDropout, ConvBlock, ConvGroup, ModuleSum
 from cassetta.models import SegNet
 
-from compare import NothingRead, assert_near
+from compare import Counted, NothingRead, assert_near
 
 ORDERS = ["".join(p) for p in itertools.permutations("ncdax")]
 NORMS = ["batch", "instance", "layer", 2, None]
@@ -164,21 +163,6 @@ def test_every_word_of_steps_equals_doing_it_at_once():
             for letter in word:
                 x, z = steps[letter](x), plain[letter](z)
             assert_near(materialize(x), z)
-
-
-class Counted(TorchDispatchMode):
-    """The operators that run, by name."""
-
-    def __enter__(self):
-        self.ran = []
-        return super().__enter__()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.ran.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-    def count(self, word):
-        return sum(word in name for name in self.ran)
 
 
 def test_a_norm_costs_a_handful_of_launches():

@@ -346,6 +346,7 @@ def test_operators_are_registered_as_torch_wants_them(name, run, layout, request
             *reference.max_pool(x, p, (3, 2)), (3, 2), (4, 5)
         ),
         "moments": lambda: ops.moments(x, p),
+        "concatenate": lambda: ops.concatenate(x, p, g, Prologue(), torch.float16),
         "materialize": lambda: ops.materialize(x, p, r, torch.float16),
         "prologue_sums": lambda: ops.prologue_sums(g, x, p, fold.centre, fold, True),
         "prologue_dgrad": lambda: ops.prologue_dgrad(g, x, p, fold, True),
