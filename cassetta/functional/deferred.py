@@ -41,8 +41,14 @@ from cassetta.kernels.types import NOTHING, Activation, Moments, Prologue, flat
 class Launch(NamedTuple):
     """A tensor that waits to be computed, because a residual may be added where that happens."""
 
-    run: Callable[[Tensor | None], Tensor]
+    compute: Callable[[Tensor | None], Tensor]
     like: Tensor  # of its shape and kind, without values
+    differentiable: bool  # as the caller asked for it, whatever is asked for when it is computed
+
+    def run(self, residual: Tensor | None) -> Tensor:
+        """Itself, or the sum with a residual."""
+        with torch.set_grad_enabled(self.differentiable):
+            return self.compute(residual)
 
     def takes(self, residual: Tensor) -> bool:
         """Whether the sum is what torch would make of it."""

@@ -69,7 +69,7 @@ def conv_gemm(
         return Deferred(_activated(run(None)[0], epilogue))
     size = geometry.size_of(x.shape[2:], weight.shape[2:])
     like = weight.new_empty(()).expand(x.shape[0], weight.shape[0], *size)
-    return Deferred(Launch(lambda residual: run(residual)[0], like))
+    return Deferred(Launch(lambda residual: run(residual)[0], like, torch.is_grad_enabled()))
 
 
 def _activated(y: Tensor, epilogue: Prologue) -> Tensor:

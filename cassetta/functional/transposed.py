@@ -39,7 +39,8 @@ def conv_transposed_deferred(
     if engine != "gemm":
         return Deferred(run(None))
     size = (n * s for n, s in zip(x.shape[2:], geometry.stride, strict=True))
-    return Deferred(Launch(run, weight.new_empty(()).expand(x.shape[0], weight.shape[1], *size)))
+    like = weight.new_empty(()).expand(x.shape[0], weight.shape[1], *size)
+    return Deferred(Launch(run, like, torch.is_grad_enabled()))
 
 
 class _ConvTransposed(Function):
