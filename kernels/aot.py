@@ -6,6 +6,7 @@ so what is compiled is, argument for argument, what a real call would run.
 
 import functools
 import itertools
+import math
 import re
 import shutil
 import subprocess
@@ -31,6 +32,7 @@ from cassetta.kernels import (
     layout,
     pointwise,
     reductions,
+    resize,
     tile,
 )
 from cassetta.kernels.types import (
@@ -38,6 +40,7 @@ from cassetta.kernels.types import (
     Activation,
     Fold,
     Geometry,
+    Grid,
     Moments,
     Pooling,
     Prologue,
@@ -94,6 +97,7 @@ def check(arch: int) -> Iterator[Report]:
         plan = configs.PLANS[n // 4 % len(configs.PLANS)]  # with every other choice
         with recorded(arch, f"{case}, {plan}", reports), configs.use_plan(plan):
             _run_passes(_image(dtype, kind), activation, full=n % 2 == 0, after=n % 4 < 2)
+            _run_interpolation(_image(dtype, kind), activation, full=n % 2 == 0)
             if activation == "identity":
                 _run_norms(dtype)
         yield from reports
@@ -172,6 +176,18 @@ def _run_passes(x: Tensor, name: str, full: bool, after: bool) -> None:
     if by_result != name:
         q = Prologue(activation=Activation(by_result, 1.0, 20.0), s2=p.s2, t2=p.t2)
         pointwise.prologue_dgrad(x, x, q, None, False)
+
+
+def _run_interpolation(x: Tensor, name: str, full: bool) -> None:
+    """Of an image that is doubled, or halved if it is large."""
+    one = torch.empty(x.shape[:2], dtype=torch.float32, device="meta") if full else None
+    slope = torch.empty(x.shape[:2], device="meta") if name == "prelu" else None
+    p = Prologue(one, one, Activation(name, 1.0, 20.0), slope, one, one)
+    step = 2.0 if x.numel() > 2**31 else 0.5
+    old = tuple(x.shape[2:])
+    size = tuple(math.ceil(n / step) for n in old)
+    grid = Grid((0.5,) * len(size), (step,) * len(size), (-0.5,) * len(size))
+    resize.resize_dgrad(resize.resize(x, p, size, grid), old, grid)
 
 
 def _run_convolutions(dtype: torch.dtype, c: int, name: str, full: bool) -> None:

@@ -268,8 +268,11 @@ def passes(x: Tensor) -> Any:
 @functools.cache
 def _triton_passes() -> Any:
     """Which import triton, and so are not imported before they are needed."""
-    names = "conv_dgrad", "conv_fprop", "conv_wgrad", "finalize", "flops", "pointwise", "reductions"
-    dgrad, fprop, wgrad, finalize, flops, pointwise, reductions = (
+    names = (
+        "conv_dgrad", "conv_fprop", "conv_wgrad", "finalize", "flops", "pointwise", "reductions",
+        "resize",
+    )  # fmt: skip
+    dgrad, fprop, wgrad, finalize, flops, pointwise, reductions, resize = (
         importlib.import_module(f"cassetta.kernels.{name}") for name in names
     )
     flops.register()
@@ -283,6 +286,8 @@ def _triton_passes() -> Any:
         materialize_moments=reductions.materialize_moments,
         prologue_sums=reductions.prologue_sums,
         prologue_dgrad=pointwise.prologue_dgrad,
+        resize=resize.resize,
+        resize_dgrad=resize.resize_dgrad,
         norm_finalize=finalize.norm_finalize,
         norm_finalize_backward=finalize.norm_finalize_backward,
     )

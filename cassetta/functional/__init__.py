@@ -16,4 +16,10 @@ from cassetta.functional.deferred import (
 )
 from cassetta.functional.gemm import conv_gemm as conv_gemm
 from cassetta.functional.norm import Norm as Norm, Pool as Pool
-from cassetta.functional.resize import fit as fit, nth as nth, resize as resize
+from cassetta.functional.resize import (
+    fit as fit,
+    linear_grid as linear_grid,
+    nth as nth,
+    resize as resize,
+    resize_deferred as resize_deferred,
+)
