@@ -6,6 +6,7 @@ so what is compiled is, argument for argument, what a real call would run.
 
 import functools
 import itertools
+import math
 import re
 import shutil
 import subprocess
@@ -32,6 +33,7 @@ from cassetta.kernels import (
     pointwise,
     pool,
     reductions,
+    resize,
     tile,
 )
 from cassetta.kernels.types import (
@@ -39,6 +41,7 @@ from cassetta.kernels.types import (
     Activation,
     Fold,
     Geometry,
+    Grid,
     Moments,
     Pooling,
     Prologue,
@@ -99,6 +102,7 @@ def check(arch: int) -> Iterator[Report]:
         with recorded(arch, f"{case}, {plan}", reports), configs.use_plan(plan):
             _run_passes(_image(dtype, kind), activation, full=n % 2 == 0, after=n % 4 < 2)
             _run_pools(_image(dtype, kind), activation, full=n % 2 == 0, large=n % 4 < 2)
+            _run_interpolation(_image(dtype, kind), activation, full=n % 2 == 0)
             if activation == "identity":
                 _run_norms(dtype)
         yield from reports
@@ -188,6 +192,18 @@ def _run_pools(x: Tensor, name: str, full: bool, large: bool) -> None:
     window = ((257, 17, 7)[x.ndim - 3] if large else 2,) * (x.ndim - 2)
     y, where = pool.max_pool(x, p, window)
     pool.max_pool_dgrad(y, where, window, tuple(x.shape[2:]))
+
+
+def _run_interpolation(x: Tensor, name: str, full: bool) -> None:
+    """Of an image that is doubled, or halved if it is large."""
+    one = torch.empty(x.shape[:2], dtype=torch.float32, device="meta") if full else None
+    slope = torch.empty(x.shape[:2], device="meta") if name == "prelu" else None
+    p = Prologue(one, one, Activation(name, 1.0, 20.0), slope, one, one)
+    step = 2.0 if x.numel() > 2**31 else 0.5
+    old = tuple(x.shape[2:])
+    size = tuple(math.ceil(n / step) for n in old)
+    grid = Grid((0.5,) * len(size), (step,) * len(size), (-0.5,) * len(size))
+    resize.resize_dgrad(resize.resize(x, p, size, grid), old, grid)
 
 
 def _run_convolutions(dtype: torch.dtype, c: int, name: str, full: bool) -> None:

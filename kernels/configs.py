@@ -25,6 +25,7 @@ class Config(NamedTuple):
     c_blocks: int  # programs along the channels
     programs: int
     warps: int
+    registers: int = 0  # of a thread, at most; 0 leaves it to the compiler
 
     @property
     def blocks(self) -> dict[str, int]:
@@ -32,7 +33,8 @@ class Config(NamedTuple):
 
     @property
     def options(self) -> dict[str, int]:
-        return {"num_warps": self.warps}
+        more = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.warps, **more}
 
 
 class PoolConfig(NamedTuple):

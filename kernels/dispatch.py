@@ -270,9 +270,9 @@ def _triton_passes() -> Any:
     """Which import triton, and so are not imported before they are needed."""
     names = (
         "conv_dgrad", "conv_fprop", "conv_wgrad", "finalize", "flops", "pointwise", "pool",
-        "reductions",
+        "reductions", "resize",
     )  # fmt: skip
-    dgrad, fprop, wgrad, finalize, flops, pointwise, pool, reductions = (
+    dgrad, fprop, wgrad, finalize, flops, pointwise, pool, reductions, resize = (
         importlib.import_module(f"cassetta.kernels.{name}") for name in names
     )
     flops.register()
@@ -289,6 +289,8 @@ def _triton_passes() -> Any:
         materialize_moments=reductions.materialize_moments,
         prologue_sums=reductions.prologue_sums,
         prologue_dgrad=pointwise.prologue_dgrad,
+        resize=resize.resize,
+        resize_dgrad=resize.resize_dgrad,
         norm_finalize=finalize.norm_finalize,
         norm_finalize_backward=finalize.norm_finalize_backward,
     )

@@ -17,6 +17,7 @@ from cassetta.kernels.types import (
     Activation,
     Fold,
     Geometry,
+    Grid,
     Moments,
     Pooling,
     Prologue,
@@ -29,6 +30,7 @@ _PROLOGUE = (
 )
 _EPILOGUE = _PROLOGUE.replace("? ", "? e_").replace("str ", "str e_").replace("float ", "float e_")
 _WALK = "int[] stride, int[] padding, int[] dilation"
+_GRID = "float[] shift, float[] step, float[] start"
 _SCHEMAS = {
     "conv_fprop": f"(Tensor x, {_PROLOGUE}, Tensor w, Tensor? b, {_WALK}, Tensor? x2, {_EPILOGUE},"
     " Tensor? residual, str? moments_of, float m_p, float m_q) -> (Tensor, Tensor, Tensor)",
@@ -49,6 +51,8 @@ _SCHEMAS = {
     " Tensor? centre, bool after) -> Tensor",
     "prologue_dgrad": f"(Tensor g, Tensor x, {_PROLOGUE}, Tensor? a, Tensor? k, Tensor? centre,"
     " bool after) -> Tensor",
+    "resize": f"(Tensor x, {_PROLOGUE}, SymInt[] size, {_GRID}) -> Tensor",
+    "resize_dgrad": f"(Tensor g, SymInt[] size, {_GRID}) -> Tensor",
     "norm_finalize": "(Tensor mean, Tensor var, Tensor? before, Tensor? gamma, Tensor? beta,"
     " float eps, str kind, int groups) -> Tensor",
     "norm_finalize_backward": "(Tensor sums, Tensor mean, Tensor rstd, Tensor centre,"
@@ -146,6 +150,16 @@ def prologue_dgrad(g: Tensor, x: Tensor, p: Prologue, fold: Fold | None, after: 
     return torch.ops.cassetta.prologue_dgrad(
         g, x, *flat(p), *((None,) * 3 if fold is None else fold), after
     )
+
+
+def resize(x: Tensor, p: Prologue, size: tuple[int, ...], grid: Grid) -> Tensor:
+    """`reference.resize`, by whoever runs it."""
+    return torch.ops.cassetta.resize(x, *flat(p), size, *grid)
+
+
+def resize_dgrad(g: Tensor, size: tuple[int, ...], grid: Grid) -> Tensor:
+    """`reference.resize_dgrad`, by whoever runs it."""
+    return torch.ops.cassetta.resize_dgrad(g, size, *grid)
 
 
 def norm_finalize(
@@ -246,6 +260,15 @@ def _prologue_dgrad(g: Tensor, x: Tensor, *rest: Any) -> Tensor:
     return _laid_out(dispatch.passes(x).prologue_dgrad(g, x, unflat(prologue), fold, after), x)
 
 
+def _resize(x: Tensor, *rest: Any) -> Tensor:
+    prologue, size, grid = rest[:8], tuple(rest[8]), Grid(*map(tuple, rest[9:]))
+    return dispatch.passes(x).resize(x, unflat(prologue), size, grid)
+
+
+def _resize_dgrad(g: Tensor, size: list[int], *grid: list[float]) -> Tensor:
+    return dispatch.passes(g).resize_dgrad(g, tuple(size), Grid(*map(tuple, grid)))
+
+
 def _norm_finalize(mean: Tensor, var: Tensor, *rest: Any) -> Tensor:
     *others, kind, groups = rest
     own, pooling = Moments(mean, var), Pooling(kind, groups)
@@ -313,6 +336,10 @@ def _fake_materialize_moments(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Te
     return layout.like(x, rest[-1]), _tables(x), _tables(x)
 
 
+def _fake_resize(x: Tensor, size: list[int]) -> Tensor:
+    return layout.sized(x, tuple(size), x.dtype)
+
+
 def _refuse(ctx: Any, *grads: Any) -> Any:
     raise RuntimeError(
         "an operator of cassetta was called outside of its autograd.Function and has no gradient: "
@@ -333,6 +360,8 @@ _IMPLEMENTATIONS = {
     "materialize_moments": (_materialize_moments, _fake_materialize_moments),
     "prologue_sums": (_prologue_sums, lambda g, x, *rest: _tables(x, 3)),
     "prologue_dgrad": (_prologue_dgrad, lambda g, x, *rest: layout.like(x, x.dtype)),
+    "resize": (_resize, lambda x, *rest: _fake_resize(x, rest[8])),
+    "resize_dgrad": (_resize_dgrad, lambda g, size, *grid: _fake_resize(g, size)),
     "norm_finalize": (_norm_finalize, lambda mean, *rest: _tables(mean, 5)),
     "norm_finalize_backward": (
         _norm_finalize_backward, lambda sums, mean, *rest: _tables(mean, 4),

@@ -2,20 +2,30 @@
 
 They are steps of a written-out gradient (`cassetta.functional`), and are not differentiated
 themselves. All compute in float32 (float64 for float64) and round once, when they store; only
-convolutions round before their epilogue, too. What convolutions return is channels last in whole
-words (`layout`).
+convolutions round before their epilogue, too. What convolutions and interpolation return is
+channels last in whole words (`layout`).
 """
 
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cassetta.kernels import activations, layout, library
-from cassetta.kernels.types import NOTHING, Activation, Fold, Geometry, Moments, Pooling, Prologue
+from cassetta.kernels.types import (
+    NOTHING,
+    Activation,
+    Fold,
+    Geometry,
+    Grid,
+    Moments,
+    Pooling,
+    Prologue,
+)
 
 
 def conv_fprop(
@@ -203,6 +213,56 @@ def prologue_dgrad(g: Tensor, x: Tensor, p: Prologue, fold: Fold | None, after: 
     if fold is not None and not after:
         dx = dx + _folded(fold, x.to(u.dtype))
     return dx.to(x.dtype)
+
+
+def resize(x: Tensor, p: Prologue, size: tuple[int, ...], grid: Grid) -> Tensor:
+    """Linear interpolation of z, what x (N, C, *X) stands for, between zeros: (N, C, *size),
+    laid out as x.
+
+    out[i] = sum_j  prod_a max(0, 1 - |p_a(i_a) - j_a|) z[j]    over the axes a, p being `grid`
+    """
+    z = materialize(x, p, None, torch.promote_types(x.dtype, torch.float32))
+    for axis, (old, new, *where) in enumerate(zip(x.shape[2:], size, *grid, strict=True)):
+        z = along(z, axis + 2, hats(positions(z, new, *where), old))
+    return layout.sized(x, size, x.dtype).copy_(z)
+
+
+def resize_dgrad(g: Tensor, size: tuple[int, ...], grid: Grid) -> Tensor:
+    """The gradient (N, C, *size) of z, given that of what `resize` made of it, g (N, C, *Y)."""
+    dz = g.to(torch.promote_types(g.dtype, torch.float32))
+    for axis, (new, old, *where) in enumerate(zip(g.shape[2:], size, *grid, strict=True)):
+        dz = along(dz, axis + 2, hats(positions(dz, new, *where), old).T)
+    return layout.sized(g, size, g.dtype).copy_(dz)
+
+
+def positions(like: Tensor, length: int, shift: float, step: float, start: float) -> Tensor:
+    """Where along an axis of the old image the voxels of the new one lie (`Grid`): (length,)."""
+    exact = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return (torch.arange(length, dtype=exact, device=like.device) + shift) * step + start
+
+
+def hats(where: Tensor, size: int) -> Tensor:
+    """The matrix (length, size) of linear interpolation between zeros."""
+    old = torch.arange(size, dtype=where.dtype, device=where.device)
+    return (1 - (where[:, None] - old).abs()).clamp(min=0)
+
+
+def along(x: Tensor, axis: int, matrix: Tensor) -> Tensor:
+    """Multiply `matrix` (length, size) into one axis of x; the result is contiguous.
+
+    In the dtype of the image: interpolation is no convolution, which autocast may round.
+    """
+    length, size = matrix.shape
+    others = math.prod(x.shape[axis + 1 :])
+    lines = x.reshape(*x.shape[:axis], size, others)
+    with _exact(x.device.type):
+        out = matrix @ lines if axis < x.ndim - 1 else (lines.squeeze(-1) @ matrix.T)
+    return out.reshape(*x.shape[:axis], length, *x.shape[axis + 1 :])
+
+
+def _exact(device: str) -> AbstractContextManager:
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else nullcontext()
 
 
 def norm_finalize(

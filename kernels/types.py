@@ -52,6 +52,16 @@ NOTHING = Prologue()
 """Nothing is pending."""
 
 
+class Grid(NamedTuple):
+    """Where in an image, in voxels, those of another lie, one number per spatial axis:
+    p(i) = (i + shift) step + start, with step >= 0.
+    """
+
+    shift: tuple[float, ...]
+    step: tuple[float, ...]
+    start: tuple[float, ...]
+
+
 class Moments(NamedTuple):
     """Mean and (biased) variance over the voxels of each channel of each sample: (N, C)."""
 

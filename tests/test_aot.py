@@ -49,6 +49,29 @@ for name, ptx in found:
 
 @pytest.mark.parametrize("channels", [21, 64])
 @pytest.mark.parametrize("arch", [80, 90, 100])
+def test_interpolation_reads_words(arch, channels):
+    """Every corner, and every gradient, in 16 bytes."""
+    out = run(f"""
+import re, torch, triton
+from cassetta.kernels import aot, layout
+found, compile_ = [], triton.compile
+def spy(*args, **options):
+    found.append(compile_(*args, **options))
+    return found[-1]
+triton.compile = spy
+with aot.recorded({arch}, "", []):
+    x = layout.empty((1, {channels}, 8, 8, 8), torch.bfloat16, "meta")
+    aot._run_interpolation(x, "identity", False)
+for built in found:
+    ptx = built.asm["ptx"]
+    wide = [len(re.findall(rf"{{way}}\\.global\\S*\\.v4\\.b32", ptx)) for way in ("ld", "st")]
+    print(built.metadata.name, *wide, len(re.findall(r"(?:ld|st)\\.global\\S*\\.b16", ptx)))
+""")
+    assert out.splitlines() == ["_resize_kernel 8 1 0", "_resize_dgrad_kernel 4 1 0"]
+
+
+@pytest.mark.parametrize("channels", [21, 64])
+@pytest.mark.parametrize("arch", [80, 90, 100])
 def test_convolutions_feed_tensor_cores_by_16_bytes(arch, channels):
     """Operands are copied ahead, in words of 16 bytes, by cp.async where a tile is read as it is;
     images are written so, too. Narrow loads are of the bias alone, and of nothing large."""

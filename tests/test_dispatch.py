@@ -138,5 +138,6 @@ def test_passes_and_their_twins_have_one_signature():
     import inspect
 
     ours = dispatch._triton_passes()
-    for name in ("moments", "materialize", "prologue_sums", "prologue_dgrad"):
+    names = "moments", "materialize", "prologue_sums", "prologue_dgrad", "resize", "resize_dgrad"
+    for name in names:
         assert inspect.signature(getattr(ours, name)) == inspect.signature(getattr(reference, name))

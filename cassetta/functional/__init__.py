@@ -21,7 +21,9 @@ from cassetta.functional.pool import max_pool as max_pool
 from cassetta.functional.resize import (
     fit as fit,
     is_linear as is_linear,
+    linear_grid as linear_grid,
     nth as nth,
     resize as resize,
+    resize_deferred as resize_deferred,
 )
 from cassetta.functional.transposed import conv_transposed_deferred as conv_transposed_deferred

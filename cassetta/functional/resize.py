@@ -11,17 +11,22 @@ why edges darken. The matrix of any other spline is what torch-interpol makes of
 
 One small matrix product per axis is faster than sampling voxel by voxel (bench/bench_resize.py),
 keeps nothing but the matrix for backward, and is differentiable any number of times.
+`resize_deferred` is linear interpolation of a `Deferred`, in one pass over memory for all axes.
 """
 
-import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import interpol
 import torch
 from bounds import BoundType as Bound, to_int
 from torch import Tensor
+from torch.autograd import Function
+
+from cassetta.functional.deferred import Deferred
+from cassetta.functional.nodes import first_order
+from cassetta.kernels import ops, reference
+from cassetta.kernels.types import Grid, flat, unflat
 
 
 def resize(
@@ -48,14 +53,15 @@ def resize(
     lengths = shape or [_scaled(size, zoom) for size, zoom in zip(sizes, zooms, strict=True)]
     if not isinstance(inp.shape[2], torch.SymInt) and min(lengths) < 1:
         raise ValueError(f"factor={factor} leaves nothing of an image of size {tuple(sizes)}")
-    for axis, (size, length, zoom) in enumerate(zip(sizes, lengths, zooms, strict=True)):
-        where = _positions(inp, size, length, zoom, nth(anchor, axis)[0].lower())
+    grid = linear_grid(sizes, lengths, zooms, anchor)
+    for axis, (size, length, *affine) in enumerate(zip(sizes, lengths, *grid, strict=True)):
+        where = reference.positions(inp, length, *affine)
         order, edge = nth(interpolation, axis), Bound(to_int(nth(bound, axis)))
         if is_linear(order, edge, extrapolate):
-            matrix = _hats(where, size)
+            matrix = reference.hats(where, size)
         else:
             matrix = _splines(where, size, order, edge, extrapolate, prefilter)
-        inp = _along(inp, axis + 2, matrix.to(inp.dtype))
+        inp = reference.along(inp, axis + 2, matrix.to(inp.dtype))
     return inp
 
 
@@ -74,21 +80,22 @@ def nth(value: Any, axis: int) -> Any:
     return value[min(axis, len(value) - 1)] if isinstance(value, (list, tuple)) else value
 
 
-def _positions(like: Tensor, size: int, length: int, factor: float, anchor: str) -> Tensor:
-    """Where in the old image, in voxels, the centres of the new voxels lie: (length,)."""
-    exact = torch.float64 if like.dtype == torch.float64 else torch.float32
-    new = torch.arange(length, dtype=exact, device=like.device)
+def linear_grid(
+    sizes: Sequence[int], lengths: Sequence[int], zooms: Sequence[float], anchor: Any
+) -> Grid:
+    """Where in an image of `sizes` the voxels of one of `lengths`, larger by `zooms`, lie."""
+    anchors = (nth(anchor, axis)[0].lower() for axis in range(len(sizes)))
+    axes = (_affine(*axis) for axis in zip(sizes, lengths, zooms, anchors, strict=True))
+    return Grid(*zip(*axes, strict=True))
+
+
+def _affine(size: int, length: int, factor: float, anchor: str) -> tuple[float, float, float]:
+    """Shift, step and start of an axis."""
     if anchor == "e":  # the outer edges of the two images coincide
-        return (new + 0.5) * (size / length) - 0.5
+        return 0.5, size / length, -0.5
     if anchor == "c":  # the centres of the corner voxels coincide
-        return new * ((size - 1) / (length - 1) if length > 1 else 0)
-    return new / factor + (0 if anchor == "f" else size - 1 - (length - 1) / factor)
-
-
-def _hats(where: Tensor, size: int) -> Tensor:
-    """The matrix (length, size) of linear interpolation between zeros."""
-    old = torch.arange(size, dtype=where.dtype, device=where.device)
-    return (1 - (where[:, None] - old).abs()).clamp(min=0)
+        return 0.0, (size - 1) / (length - 1) if length > 1 else 0.0, 0.0
+    return 0.0, 1 / factor, 0.0 if anchor == "f" else size - 1 - (length - 1) / factor
 
 
 def _splines(
@@ -101,22 +108,28 @@ def _splines(
     return columns[0].T
 
 
-def _along(inp: Tensor, axis: int, matrix: Tensor) -> Tensor:
-    """Multiply `matrix` (length, size) into one axis of `inp`; the result is contiguous.
+def resize_deferred(x: Deferred, size: tuple[int, ...], grid: Grid) -> Tensor:
+    """Linear interpolation of what x stands for, between zeros: (N, C, *size), laid out as x.
 
-    In the dtype of the image: interpolation is no convolution, which autocast may round.
+    For backward nothing is kept: the gradient of z depends on that of the result alone.
     """
-    length, size = matrix.shape
-    others = math.prod(inp.shape[axis + 1 :])
-    lines = inp.reshape(*inp.shape[:axis], size, others)
-    with _exact(inp.device.type):
-        out = matrix @ lines if axis < inp.ndim - 1 else (lines.squeeze(-1) @ matrix.T)
-    return out.reshape(*inp.shape[:axis], length, *inp.shape[axis + 1 :])
+    x = x.settled()
+    return _Resize.apply(x.handle(), *flat(x.prologue), size, grid)  # type: ignore[return-value]
 
 
-def _exact(device: str) -> AbstractContextManager:
-    available = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if available else nullcontext()
+class _Resize(Function):
+    """z interpolated, from what stands for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
+        *prologue, size, ctx.grid = rest
+        ctx.size, ctx.nb_others = tuple(x.shape[2:]), len(rest)
+        return ops.resize(x, unflat(prologue), size, ctx.grid)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, g: Tensor) -> tuple:
+        return ops.resize_dgrad(g, ctx.size, ctx.grid), *[None] * ctx.nb_others
 
 
 def fit(inp: Tensor, size: Sequence[int]) -> Tensor:

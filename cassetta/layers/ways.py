@@ -120,6 +120,9 @@ def why_other_interpolation(level: Level, parts: list[Any]) -> str | None:
         order, bound, anchor = (
             functional.nth(one, axis) for one in (resize.interpolation, resize.bound, resize.anchor)
         )
-        if not functional.is_linear(order, bound, resize.extrapolate) or anchor[0].lower() != "e":
+        if (
+            not functional.is_linear(order, bound, bool(resize.extrapolate))
+            or anchor[0].lower() != "e"
+        ):
             return f"no kernel interpolates with {resize.extra_repr()}"
     return None if not conv else why_other(conv[0], CONV[level.ndim], (1,) * level.ndim)
