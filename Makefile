@@ -28,7 +28,7 @@ bench: $(VENV)/.bench
 # they are run again.
 BUDGET ?= 400
 GPU_TESTS = tests/test_gpu.py tests/test_golden.py tests/test_convolutions.py tests/test_passes.py \
-	tests/test_fused.py
+	tests/test_pool.py tests/test_resize.py tests/test_joined.py tests/test_fused.py
 
 test-gpu:
 	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest $(GPU_TESTS) --budget $(BUDGET) --resume -o filterwarnings=default

@@ -1,4 +1,7 @@
-"""Which engine runs each block of a network on given inputs, and if it is not fused, why not."""
+"""Which engine runs each block of a network on given inputs, and if it is not fused, why not.
+
+A block is a `ConvBlock`, or a way down or up a level.
+"""
 
 import io
 from collections.abc import Sequence
@@ -46,7 +49,7 @@ class Explanation(Sequence[Engine]):
 
 
 def explain(model: nn.Module, *inputs: Tensor) -> Explanation:
-    """Run a network once, and tell which engine ran each of its `ConvBlock`s.
+    """Run a network once, and tell which engine ran each `ConvBlock` and each way down or up.
 
     Buffers, gradients, the mode and the state of random generators stay as they are.
 

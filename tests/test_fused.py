@@ -314,8 +314,15 @@ def test_without_a_norm_no_more_is_kept_than_by_eager(activation, dropout, engin
 
 
 WHOLE = {
-    "unet": (lambda: UNet(2, 16, nb_levels=3, norm="instance"), 0.80),
-    "unet, strided": (lambda: UNet(2, 16, nb_levels=3, norm="batch", pool_mode="conv"), 0.78),
+    "unet": (lambda: UNet(2, 16, nb_levels=3, norm="instance"), 0.55),
+    "unet, strided": (lambda: UNet(2, 16, nb_levels=3, norm="batch", pool_mode="conv"), 0.58),
+    "unet, interpolated": (
+        lambda: UNet(
+            2, 16, nb_levels=3, norm="instance", pool_mode="interpolate", unpool_mode=None
+        ),
+        0.58,
+    ),
+    "unet, no norm": (lambda: UNet(2, 16, nb_levels=3), 0.83),
     "meshnet": (lambda: MeshNet(2, 16), 0.55),
     "meshnet, residual": (lambda: MeshNet(2, 16, residual=True), 1.001),  # keeps each sum too
     "atrous": (lambda: ATrousNet(2, 16, nb_levels=3), 0.70),
@@ -324,8 +331,8 @@ WHOLE = {
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_whole_networks_keep_less(name, engine):
-    """Beside images of convolutions, resampling and sums keep theirs, as in eager; shares measured
-    here, rounded up."""
+    """Beside images of convolutions, sums keep theirs, as in eager; shares measured here, rounded
+    up."""
     make, share = WHOLE[name]
     net, inp = make(), torch.randn(1, 16, 96, 96)
     for autocast in ({}, {"dtype": torch.bfloat16}):
