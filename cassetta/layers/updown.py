@@ -356,7 +356,8 @@ class UpInterpol(Level, nn.Sequential):
         return nn.Sequential.forward(self, inp)
 
     def _fused(self, x: Deferred, engine: str) -> Deferred:
-        out = convolved(x, self[0], engine) if self._changes_channels else x
+        # what is pending is applied to the coarse image: on load, each voxel would be met 8 times
+        out = convolved(x, self[0], engine) if self._changes_channels else Deferred(x.z())
         return interpolated(out, [n * f for n, f in zip(x.shape[2:], self.factor, strict=True)])
 
     def _why_plain(self) -> str | None:
