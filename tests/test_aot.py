@@ -42,7 +42,7 @@ for name, ptx in found:
     print(name, len(wide) > 0, len(narrow))
 """)
     rows = [line.split() for line in out.splitlines()]
-    assert len(rows) == 5
+    assert len(rows) == 7
     for name, wide, narrow in rows:
         assert (wide, narrow) == ("True", "0"), name
 
@@ -153,7 +153,7 @@ for built in found:
     assert out == ""
 
 
-@pytest.mark.parametrize(("engine", "nb_kernels"), [("library", 7), ("gemm", 8)])
+@pytest.mark.parametrize(("engine", "nb_kernels"), [("library", 9), ("gemm", 10)])
 def test_the_first_step_of_a_network_compiles_in_a_minute(engine, nb_kernels, tmp_path):
     """All that the passes of a 3-D U-Net compile, cold: sizes are no constants of kernels."""
     out = run(
@@ -179,5 +179,5 @@ print(len({{report.kernel for report in reports}}), time.monotonic() - start)
     )
     kernels, seconds = out.split()
     assert int(kernels) == nb_kernels  # each of the passes, the stages of reductions apart
-    assert len(list(tmp_path.rglob("*.cubin"))) <= 40
+    assert len(list(tmp_path.rglob("*.cubin"))) <= 50
     assert float(seconds) < 60
