@@ -148,7 +148,7 @@ def resize_dgrad(g: Tensor, size: tuple[int, ...], grid: Grid) -> Tensor:
         return reference.resize_dgrad(g, size, grid)
     g, g_strides = tile.strided(g)
     dz, d_strides = tile.strided(layout.sized(g, size, g.dtype))
-    config = _config(dz, 64)
+    config = _config(dz, 168)
     numbers, new, old = _numbers(grid), lifted(tuple(g.shape[2:]), 1), lifted(size, 1)
     axes = zip(old, new, numbers[:3], numbers[3:6], numbers[6:], strict=True)
     rates, offsets, taps = zip(*(reach(*axis) for axis in axes), strict=True)
@@ -211,5 +211,6 @@ def _config(out: Tensor, registers: int) -> configs.Config:
     spills, which the compiler, left alone, does."""
     n, c = out.shape[:2]
     last = out.stride(1) == 1
-    config = configs.over_voxels(n, c, tile.voxels(out), last, False, configs.Plan())
+    plan = configs.Plan() if last else configs.Plan(512, 4)  # positions of each element, not of 8
+    config = configs.over_voxels(n, c, tile.voxels(out), last, False, plan)
     return config._replace(registers=registers)

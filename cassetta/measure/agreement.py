@@ -28,7 +28,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from cassetta.kernels import dispatch, layout
 from cassetta.kernels.configs import Product
-from cassetta.kernels.types import NOTHING, Activation, Fold, Geometry, Grid, Prologue
+from cassetta.kernels.types import NOTHING, Activation, Fold, Geometry, Prologue
 
 SLACK = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3.2e-2}
 """On the scale of the largest value. Four roundings to half precision; in float32 a hundred, for
@@ -166,16 +166,12 @@ class Work(NamedTuple):
         """What a pass makes of it."""
         x, g, r, one, p = self
         fold = Fold(one, one, one)
-        axes, size = x.ndim - 2, tuple(x.shape[2:])
-        two, fine, coarse = (2,) * axes, tuple(2 * n for n in size), tuple(n // 2 for n in size)
-        doubled = Grid((0.5,) * axes, (0.5,) * axes, (-0.5,) * axes)
+        two, size = (2,) * (x.ndim - 2), tuple(x.shape[2:])
         found = {
             "max_pool": lambda: passes.max_pool(x, p, two)[:1],  # rounding decides where it is
             "max_pool_dgrad": lambda: (
                 passes.max_pool_dgrad(*passes.max_pool(x, NOTHING, two), two, size),
             ),
-            "resize": lambda: (passes.resize(x, p, fine, doubled),),
-            "resize_dgrad": lambda: (passes.resize_dgrad(x, coarse, doubled),),
             "moments": lambda: passes.moments(x, p),
             "materialize": lambda: (passes.materialize(x, p, r, x.dtype),),
             "materialize_moments": lambda: passes.materialize_moments(x, p, r, x.dtype),
@@ -230,7 +226,7 @@ class ProductWork(NamedTuple):
 
 PASSES = (
     "max_pool", "max_pool_dgrad", "moments", "materialize", "materialize_moments", "prologue_sums",
-    "prologue_dgrad", "resize", "resize_dgrad",
+    "prologue_dgrad",
 )  # fmt: skip
 
 
