@@ -148,7 +148,7 @@ def resize_dgrad(g: Tensor, size: tuple[int, ...], grid: Grid) -> Tensor:
         return reference.resize_dgrad(g, size, grid)
     g, g_strides = tile.strided(g)
     dz, d_strides = tile.strided(layout.sized(g, size, g.dtype))
-    config = _config(dz, 168)
+    config = _config(dz, configs.REGISTERS)
     numbers, new, old = _numbers(grid), lifted(tuple(g.shape[2:]), 1), lifted(size, 1)
     axes = zip(old, new, numbers[:3], numbers[3:6], numbers[6:], strict=True)
     rates, offsets, taps = zip(*(reach(*axis) for axis in axes), strict=True)
