@@ -165,12 +165,16 @@ def _image(dtype: torch.dtype, layout: str) -> Tensor:
     return x.movedim(1, -1).contiguous().movedim(-1, 1) if "channels-last" in layout else x
 
 
-def _run_passes(x: Tensor, name: str, full: bool, after: bool) -> None:
-    n, c = x.shape[:2]
-    one = torch.empty(n, c, dtype=torch.float32, device="meta")
+def _pending(x: Tensor, name: str, full: bool) -> tuple[Tensor, Prologue]:
+    """A table for x, and a transform with this activation, and with all else that it may hold."""
+    one = torch.empty(x.shape[:2], dtype=torch.float32, device="meta")
     tables = (one, one) if full else (None, None)
     slope = one if name == "prelu" else None
-    p = Prologue(*tables, Activation(name, 1.0, 20.0), slope, *tables)
+    return one, Prologue(*tables, Activation(name, 1.0, 20.0), slope, *tables)
+
+
+def _run_passes(x: Tensor, name: str, full: bool, after: bool) -> None:
+    one, p = _pending(x, name, full)
     fold = Fold(one, one, one) if full else None
     reductions.moments(x, p)
     pointwise.materialize(x, p, x if full else None, x.dtype)
@@ -186,9 +190,7 @@ def _run_passes(x: Tensor, name: str, full: bool, after: bool) -> None:
 
 def _run_pools(x: Tensor, name: str, full: bool, large: bool) -> None:
     """By windows of two; or by `large` ones, whose voxels a byte does not count."""
-    one = torch.empty(x.shape[:2], dtype=torch.float32, device="meta")
-    tables = (one, one) if full else (None, None)
-    p = Prologue(*tables, Activation(name, 1.0, 20.0), one if name == "prelu" else None, *tables)
+    _, p = _pending(x, name, full)
     window = ((257, 17, 7)[x.ndim - 3] if large else 2,) * (x.ndim - 2)
     y, where = pool.max_pool(x, p, window)
     pool.max_pool_dgrad(y, where, window, tuple(x.shape[2:]))
@@ -196,9 +198,7 @@ def _run_pools(x: Tensor, name: str, full: bool, large: bool) -> None:
 
 def _run_interpolation(x: Tensor, name: str, full: bool) -> None:
     """Of an image that is doubled, or halved if it is large."""
-    one = torch.empty(x.shape[:2], dtype=torch.float32, device="meta") if full else None
-    slope = torch.empty(x.shape[:2], device="meta") if name == "prelu" else None
-    p = Prologue(one, one, Activation(name, 1.0, 20.0), slope, one, one)
+    _, p = _pending(x, name, full)
     step = 2.0 if x.numel() > 2**31 else 0.5
     old = tuple(x.shape[2:])
     size = tuple(math.ceil(n / step) for n in old)
@@ -212,11 +212,9 @@ def _run_convolutions(dtype: torch.dtype, c: int, name: str, full: bool) -> None
     def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=kind, device="meta")
 
-    one = empty(1, c, kind=torch.float32)
-    slope = one if name == "prelu" else None
-    p = Prologue(one, one, Activation(name, 1.0, 20.0), slope, one, one)
-    of = None if slope is not None else p.activation
     x = layout.empty((1, c, 32, 32, 32), dtype, "meta")
+    one, p = _pending(x, name, True)
+    of = None if p.slope is not None else p.activation
     half = layout.empty((1, c, 16, 16, 16), dtype, "meta")
     epilogue, residual, bias = (p, x, empty(c)) if full else (NOTHING, None, None)
     for taps in ((1, 1, 1), (3, 3, 3)):

@@ -154,6 +154,9 @@ _GEMM_PLANS_32 = (GemmPlan(64, 64, 32), GemmPlan(64, 64, 16), GemmPlan(64, 32, 3
 _WGRAD_PLANS_32 = (WgradPlan(64, 64, 32), WgradPlan(64, 32, 32))
 """Of float32, whose operands are twice as large."""
 
+VOXELS = 2**31 - 2**16
+"""A channel has fewer: kernels count them in 31 bits, and a tile may end outside the image."""
+
 REDUCED = 64
 """Tiles that a program of a reduction visits at most. The partial results that it leaves are then
 at most 1/2^16 of the image, and the second stage reads them in no time."""

@@ -208,7 +208,7 @@ def _why_not_plain(x: Tensor) -> str | None:
 def _why_not_for(x: Tensor, asked: str) -> str | None:
     if x.dtype not in configs.dtypes():
         return f"the image is in {str(x.dtype).removeprefix('torch.')}"
-    if math.prod(x.shape[2:]) >= 2**31 - 2**16:
+    if math.prod(x.shape[2:]) >= configs.VOXELS:
         return f"a channel of {tuple(x.shape)} has more voxels than 31 bits count"
     device = x.device.type
     if device == "cpu" and is_interpreted():

@@ -34,10 +34,7 @@ def like(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def wider(x: Tensor, more: int, dtype: torch.dtype) -> Tensor:
     """An uninitialized, dense image of so many more channels, channels last if x is."""
-    n, c, *size = x.shape
-    if c > 1 and x.stride(1) == 1:
-        return torch.empty(n, *size, c + more, dtype=dtype, device=x.device).movedim(-1, 1)
-    return torch.empty(n, c + more, *size, dtype=dtype, device=x.device)
+    return _dense(x, x.shape[1] + more, tuple(x.shape[2:]), dtype)
 
 
 def pooled(x: Tensor, window: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -49,12 +46,17 @@ def pooled(x: Tensor, window: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 def sized(x: Tensor, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An uninitialized image of another size, with the channels of x, and in its layout."""
-    n, c = x.shape[:2]
     if is_padded(x):
-        return empty((n, c, *size), dtype, x.device)
+        return empty((*x.shape[:2], *size), dtype, x.device)
+    return _dense(x, x.shape[1], size, dtype)
+
+
+def _dense(x: Tensor, channels: int, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialized image as large as said, channels last if x is."""
+    n, c = x.shape[:2]
     if c > 1 and x.stride(1) == 1:
-        return torch.empty(n, *size, c, dtype=dtype, device=x.device).movedim(-1, 1)
-    return torch.empty(n, c, *size, dtype=dtype, device=x.device)
+        return torch.empty(n, *size, channels, dtype=dtype, device=x.device).movedim(-1, 1)
+    return torch.empty(n, channels, *size, dtype=dtype, device=x.device)
 
 
 def is_padded(x: Tensor) -> bool:

@@ -27,12 +27,9 @@ def _materialize_kernel(
     v = chunk * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = (v < V)[:, None] & (c < tile.edge(C, WORDS))[None, :]
     x = tl.load(tile.at(x_ptr, n, v, c, x_n, x_c, x_v, WIDE, WORDS), mask=inside, other=0.0)
-    u = x.to(tl.float32)
-    if s1_ptr is not None:
-        u = tile.row(s1_ptr, n, c, C, 1.0) * u + tile.row(t1_ptr, n, c, C, 0.0)
-    z = tile.activation(u, p, q, tile.row(slope_ptr, n, c, C, 0.0), ACT)
-    if s2_ptr is not None:
-        z = tile.row(s2_ptr, n, c, C, 1.0) * z + tile.row(t2_ptr, n, c, C, 0.0)
+    z = tile.transformed(
+        x.to(tl.float32), n, c, C, s1_ptr, t1_ptr, slope_ptr, s2_ptr, t2_ptr, p, q, ACT
+    )  # fmt: skip
     if r_ptr is not None:
         r = tl.load(tile.at(r_ptr, n, v, c, r_n, r_c, r_v, WIDE, WORDS), mask=inside, other=0.0)
         z += r.to(tl.float32)

@@ -44,12 +44,9 @@ def _max_pool_kernel(
     tap, i1, i2 = 0, 0, 0
     while tap < taps:
         x = tl.load(tile.at(x_ptr, n, at, c, x_n, x_c, x_v, WIDE, WORDS), mask=inside, other=0.0)
-        z = x.to(tl.float32)
-        if s1_ptr is not None:
-            z = tile.row(s1_ptr, n, c, C, 1.0) * z + tile.row(t1_ptr, n, c, C, 0.0)
-        z = tile.activation(z, p, q, tile.row(slope_ptr, n, c, C, 0.0), ACT)
-        if s2_ptr is not None:
-            z = tile.row(s2_ptr, n, c, C, 1.0) * z + tile.row(t2_ptr, n, c, C, 0.0)
+        z = tile.transformed(
+            x.to(tl.float32), n, c, C, s1_ptr, t1_ptr, slope_ptr, s2_ptr, t2_ptr, p, q, ACT
+        )  # fmt: skip
         z = z.to(x_ptr.dtype.element_ty).to(tl.float32)  # as whoever stores z would round it
         takes = (z > largest) | (z != z)  # and tl.maximum would drop NaN
         largest = tl.where(takes, z, largest)

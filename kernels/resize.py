@@ -203,7 +203,7 @@ def _numbers(grid: Grid) -> tuple[float, ...]:
 
 def _is_beyond(*sizes: tuple[int, ...]) -> bool:
     """Whether an image has more voxels than 31 bits count."""
-    return any(math.prod(size) >= 2**31 - 2**16 for size in sizes)
+    return any(math.prod(size) >= configs.VOXELS for size in sizes)
 
 
 def _config(out: Tensor, registers: int) -> configs.Config:

@@ -132,10 +132,13 @@ def activation(u, p, q, slope, ACT: tl.constexpr):
 def transformed(
     x, n, c, C, s1_ptr, t1_ptr, slope_ptr, s2_ptr, t2_ptr, p, q, ACT: tl.constexpr
 ):  # fmt: skip
-    """s2 act(s1 x + t1) + t2, of a tile in float32."""
-    u = row(s1_ptr, n, c, C, 1.0) * x + row(t1_ptr, n, c, C, 0.0)
-    v = activation(u, p, q, row(slope_ptr, n, c, C, 0.0), ACT)
-    return row(s2_ptr, n, c, C, 1.0) * v + row(t2_ptr, n, c, C, 0.0)
+    """s2 act(s1 x + t1) + t2, of a tile in float32; without tables, x to the bit, -0.0 included."""
+    if s1_ptr is not None:
+        x = row(s1_ptr, n, c, C, 1.0) * x + row(t1_ptr, n, c, C, 0.0)
+    x = activation(x, p, q, row(slope_ptr, n, c, C, 0.0), ACT)
+    if s2_ptr is not None:
+        x = row(s2_ptr, n, c, C, 1.0) * x + row(t2_ptr, n, c, C, 0.0)
+    return x
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 """What tests share: comparisons, which assert and are never called for their value; watchers."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,18 +39,31 @@ def assert_gradients(module: nn.Module, inp: Tensor) -> None:
 
 
 class Counted(TorchDispatchMode):
-    """The operators that run, by name."""
+    """The operators that run, with their arguments."""
 
     def __enter__(self) -> "Counted":
-        self.ran: list[str] = []
+        self.calls: list[tuple[Any, Any]] = []
         return super().__enter__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.ran.append(str(func))
+        self.calls.append((func, args))
         return func(*args, **(kwargs or {}))
+
+    @property
+    def ran(self) -> list[str]:
+        return [str(func) for func, _ in self.calls]
 
     def count(self, word: str) -> int:
         return sum(word in name for name in self.ran)
+
+
+def assert_registered(name: str, run: Callable[[], Any]) -> None:
+    """The operator that `run` calls is registered as torch wants it, for what it is given."""
+    operator = getattr(torch.ops.cassetta, name).default
+    with Counted() as counted:
+        run()
+    arguments = [args for func, args in counted.calls if func is operator]
+    torch.library.opcheck(operator, arguments[0])
 
 
 class NothingRead(TorchDispatchMode):

@@ -3,12 +3,11 @@
 import pytest
 import torch
 from conftest import DEVICE
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cassetta.kernels import configs, dispatch, layout, ops, reference, tile
 from cassetta.kernels.types import NOTHING, Activation, Geometry, Prologue
 
-from compare import assert_near
+from compare import assert_near, assert_registered
 
 # numpy says when exp overflows, which leads to the right limits
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -249,18 +248,7 @@ def test_operators_are_registered_as_torch_wants_them(name, run, layout, request
         "conv_wgrad": lambda: ops.conv_wgrad(g, x, q["p"], taps, geometry),
         "conv_transposed": lambda: ops.conv_transposed(q["coarse"], q["e"], w, q["b2"], geometry),
     }
-    seen = []
-
-    class Spy(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.namespace == "cassetta":
-                seen.append((func, args))
-            return func(*args, **(kwargs or {}))
-
-    with Spy():
-        calls[name]()
-    ((operator, arguments),) = seen
-    torch.library.opcheck(operator, arguments)
+    assert_registered(name, calls[name])
 
 
 def _last(image):

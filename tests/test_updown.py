@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+import cassetta
+from cassetta.kernels import dispatch
 from cassetta.layers import DownConv, DownInterpol, DownPool, UpConv, UpInterpol, UpPool
 
 from compare import assert_gradients, assert_near, image
@@ -111,3 +113,67 @@ def test_bad_input(kind):
         layer(torch.ones(1, 5, 8, 8))
     with pytest.raises(ValueError, match=r"\(3, 8, 8\)"):
         layer(torch.ones(3, 8, 8))
+
+
+def _with(level, part, **changes):
+    """The way, of which attributes of a part were changed."""
+    for name, value in changes.items():
+        setattr(level[part] if isinstance(level, nn.Sequential) else level.conv, name, value)
+    return level
+
+
+def _exchanged(level, part, layer):
+    level[part] = layer
+    return level
+
+
+CHANGED = {
+    "its convolution is Conv2d": lambda: _with(DownConv(2, 4, 6), 0, stride=(1, 2)),
+    "its convolution is ConvTranspose2d": lambda: _with(UpConv(2, 4, 6), 0, dilation=(2, 1)),
+    "its pooling is MaxPool2d": lambda: _with(DownPool(2, 4, 6), 0, padding=1),
+    "its pooling is AvgPool2d": lambda: _exchanged(DownPool(2, 4), 0, nn.AvgPool2d(2)),
+    "its last layer is Tanh": lambda: _exchanged(DownPool(2, 4), 1, nn.Tanh()),
+    "no kernel interpolates with": lambda: DownInterpol(2, 4, 6, interpolation="cubic"),
+    "bound='dft'": lambda: UpInterpol(2, 4, 6, bound="dft"),
+    "anchor='center'": lambda: _with(UpInterpol(2, 4), 0, anchor="center"),
+    "its layers were exchanged": lambda: UpInterpol(2, 4, 6).append(nn.Tanh()),
+    "a hook is attached": lambda: _hooked(DownConv(2, 4, 6)),
+}
+
+
+def _hooked(level):
+    level.conv.register_forward_hook(lambda module, inp, out: out + 1)
+    return level
+
+
+@pytest.mark.parametrize("engine", ["library", "gemm"])
+@pytest.mark.parametrize("reason", CHANGED)
+def test_what_kernels_would_do_otherwise_stays_with_torch(reason, engine):
+    level, inp = CHANGED[reason]().double(), image(2, 4, 8, 6)
+    expected = level(inp)
+    with dispatch.fused_on_reference(), dispatch.use_engine(engine):
+        assert_near(level(inp).detach(), expected.detach())
+        (row,) = cassetta.explain(level, inp)
+    assert row.engine == "reference"
+    assert reason in row.reason
+
+
+@pytest.mark.parametrize("engine", ["library", "gemm"])
+@pytest.mark.parametrize("factor", [2, [2, 1, 3]])
+@pytest.mark.parametrize("channels", [3, 5])
+@pytest.mark.parametrize("kind", [*DOWN, *UP])
+def test_engines_compute_what_torch_computes(kind, channels, factor, engine):
+    """In values and gradients, also of sizes that the factor does not divide."""
+    level, inp = kind(3, 3, channels, factor).double(), image(2, 3, 5, 4, 7)
+    given = [inp, *level.parameters()]
+    found = []
+    for fused in (False, True):
+        context = dispatch.fused_on_reference() if fused else dispatch.use_backend("reference")
+        with context, dispatch.use_engine(engine):
+            out = level(inp)
+            found.append((out.detach(), *torch.autograd.grad(out, given, out.detach().cos())))
+            (row,) = cassetta.explain(level, inp)
+        able = engine if channels != 3 or hasattr(level, "conv") else "library"
+        assert row.engine == (able if fused else "reference")
+    for expected, ours in zip(*found, strict=True):
+        assert_near(ours.contiguous(), expected.contiguous())

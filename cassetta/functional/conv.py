@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from cassetta.core.typing import BoundType
 from cassetta.functional.deferred import Deferred
 from cassetta.functional.nodes import first_order
+from cassetta.functional.operands import built, rounded
 from cassetta.kernels import dispatch, library, ops
 from cassetta.kernels.activations import BY_RESULT
 from cassetta.kernels.types import (
@@ -96,12 +97,10 @@ def conv_deferred(
     Under autocast x and the parameters are rounded to its dtype, as `torch.conv3d` has it.
     """
     x, second = x.parts or (x.settled(), None)
-    raw, dtype = x.handle(), x.raw.dtype
-    if torch.is_autocast_enabled(raw.device.type):
-        dtype = torch.get_autocast_dtype(raw.device.type)
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        if x.prologue.is_identity and second is None:  # else z is rounded when it is built
-            raw = raw.to(dtype)
+    raw = x.handle()
+    dtype, weight, bias = rounded(raw, weight, bias)
+    if x.prologue.is_identity and second is None:  # else z is rounded when it is built
+        raw = raw.to(dtype)
     other = None if second is None else second.handle()
     pending = *flat(x.prologue), *flat(NOTHING if second is None else second.prologue)
     y = _Convolution.apply(raw, other, weight, bias, *pending, *geometry, dtype)
@@ -179,4 +178,4 @@ class _Activate(Function):
 def _operand(x: Tensor, x2: Tensor | None, p: Prologue, p2: Prologue, dtype: torch.dtype) -> Tensor:
     if x2 is not None:
         return ops.concatenate(x, p, x2, p2, dtype)
-    return x.to(dtype) if p.is_identity else ops.materialize(x, p, None, dtype)
+    return built(x, p, dtype)

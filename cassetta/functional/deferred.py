@@ -214,8 +214,6 @@ class Deferred:
 
     def handle(self) -> Tensor:
         """What stands for z in the graph, and is x in memory."""
-        if self.prologue.is_identity:
-            return self.raw
         stand_in = self._standing_in()
         stand_in.is_summed[0] = False
         return stand_in.z
@@ -226,8 +224,6 @@ class Deferred:
 
         There is none where nobody wants sums.
         """
-        if self.prologue.is_identity:
-            return self.raw, None
         stand_in = self._standing_in()
         return stand_in.z, stand_in.sums
 
@@ -235,7 +231,8 @@ class Deferred:
         if self._stand_in is None:
             gamma, beta = self.affine
             given = (self.raw, gamma, beta, self.weight)
-            if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+            needs = torch.is_grad_enabled() and not self.prologue.is_identity
+            if needs and any(t is not None and t.requires_grad for t in given):
                 norm = (None,) * len(Norm._fields) if self.norm is None else self.norm
                 is_summed = [self.norm is not None and not torch.compiler.is_compiling()]
                 z, sums = Pending.apply(*given, *flat(self.prologue), *norm, is_summed)  # type: ignore[misc]

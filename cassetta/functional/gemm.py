@@ -14,6 +14,7 @@ from torch.autograd import Function
 
 from cassetta.functional.deferred import Deferred, Launch
 from cassetta.functional.nodes import first_order
+from cassetta.functional.operands import built, refuse_other, rounded
 from cassetta.kernels import ops
 from cassetta.kernels.activations import BY_RESULT
 from cassetta.kernels.types import (
@@ -45,15 +46,8 @@ def conv_gemm(
     parameters are rounded to its dtype.
     """
     x, second = x.parts or (x.settled(), None)
-    dtype = x.raw.dtype
-    if torch.is_autocast_enabled(x.raw.device.type):
-        dtype = torch.get_autocast_dtype(x.raw.device.type)
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    if weight.dtype != dtype:  # which torch's convolutions refuse, too
-        raise TypeError(
-            f"inp is in {dtype}, but the weights are in {weight.dtype}: convert one of them, "
-            "or use torch.autocast"
-        )
+    dtype, weight, bias = rounded(x.raw, weight, bias)
+    refuse_other(dtype, weight)
     (z, sums, *pending), (z2, sums2, *pending2) = _read(x, dtype), _read(second, dtype)
 
     def run(residual: Tensor | None) -> tuple[Tensor, ...]:
@@ -115,7 +109,7 @@ class _ImplicitGemm(Function):
         kept2, ctx.inner2 = _apart(pending2)
         ctx.save_for_backward(x, x2, w, *kept, *kept2)
         z, loaded = _operand(x, unflat(pending[:8]), w, ctx.geometry)
-        z2 = None if x2 is None else _built(x2, unflat(pending2[:8]), w.dtype)
+        z2 = None if x2 is None else built(x2, unflat(pending2[:8]), w.dtype, words=True)
         y, mean, var = ops.conv_fprop(
             z, loaded, w, b, ctx.geometry, z2, unflat(leaving), r,
             None if of[0] is None else Activation(*of),
@@ -139,7 +133,7 @@ class _ImplicitGemm(Function):
                 g, *_operand(x, one.prologue, w, ctx.geometry), taps, ctx.geometry
             )
             if two is not None:
-                z2 = _built(two.x, two.prologue, w.dtype)
+                z2 = built(two.x, two.prologue, w.dtype, words=True)
                 dw = torch.cat([dw, ops.conv_wgrad(g, z2, NOTHING, taps, ctx.geometry)[0]], 1)
             dw = dw.to(w.dtype) if needs[4] else None
             db = db.to(w.dtype) if needs[5] else None
@@ -207,9 +201,4 @@ def _operand(
     """
     if all(t <= s for t, s in zip(w.shape[2:], geometry.stride, strict=True)):
         return x, prologue
-    return _built(x, prologue, w.dtype), NOTHING
-
-
-def _built(x: Tensor, prologue: Prologue, dtype: torch.dtype) -> Tensor:
-    """z, for a kernel that applies nothing to it."""
-    return x if prologue.is_identity else ops.materialize(x, prologue, None, dtype, words=True)
+    return built(x, prologue, w.dtype, words=True), NOTHING

@@ -12,8 +12,9 @@ from torch.autograd import Function
 
 from cassetta.functional.deferred import Deferred, Launch
 from cassetta.functional.nodes import first_order
+from cassetta.functional.operands import built, refuse_other, rounded
 from cassetta.kernels import library, ops
-from cassetta.kernels.types import NOTHING, Geometry, Prologue, apart, flat, together, unflat
+from cassetta.kernels.types import NOTHING, Geometry, apart, flat, together, unflat
 
 
 def conv_transposed_deferred(
@@ -25,10 +26,8 @@ def conv_transposed_deferred(
     is added next leaves with the product, if our kernels compute it.
     """
     x = x.settled()
-    raw, dtype = x.handle(), x.raw.dtype
-    if torch.is_autocast_enabled(raw.device.type):
-        dtype = torch.get_autocast_dtype(raw.device.type)
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    raw = x.handle()
+    dtype, weight, bias = rounded(raw, weight, bias)
     raw = raw.to(dtype) if x.prologue.is_identity else raw
 
     def run(residual: Tensor | None) -> Tensor:
@@ -38,6 +37,7 @@ def conv_transposed_deferred(
 
     if engine != "gemm":
         return Deferred(run(None))
+    refuse_other(dtype, weight)
     size = (n * s for n, s in zip(x.shape[2:], geometry.stride, strict=True))
     like = weight.new_empty(()).expand(x.shape[0], weight.shape[1], *size)
     return Deferred(Launch(run, like, torch.is_grad_enabled()))
@@ -56,7 +56,7 @@ class _ConvTransposed(Function):
         if ctx.engine == "gemm":
             return ops.conv_transposed(x, p, w, b, ctx.geometry, residual=r)
         with torch.autocast(x.device.type, enabled=False):
-            z = _built(x, p, ctx.dtype)
+            z = built(x, p, ctx.dtype)
             return library.conv_transposed(z, w, b, ctx.geometry, (0,) * (x.ndim - 2))
 
     @staticmethod
@@ -64,7 +64,7 @@ class _ConvTransposed(Function):
     def backward(ctx: Any, g: Tensor) -> tuple:
         x, w, *kept = ctx.saved_tensors
         p, (to_x, to_w, to_b, to_r) = together(kept, ctx.inner), ctx.needs_input_grad[:4]
-        z = _built(x, p, ctx.dtype) if to_w else x
+        z = built(x, p, ctx.dtype) if to_w else x
         dz, dw, taps = None, None, tuple(w.shape[2:])
         with torch.autocast(g.device.type, enabled=False):
             if ctx.engine == "gemm":
@@ -78,10 +78,6 @@ class _ConvTransposed(Function):
         dw = None if dw is None else dw.to(w.dtype)
         db = _summed(g).to(w.dtype) if to_b else None
         return dz, dw, db, g if to_r else None, *[None] * ctx.nb_others
-
-
-def _built(x: Tensor, p: Prologue, dtype: torch.dtype) -> Tensor:
-    return x if p.is_identity else ops.materialize(x, p, None, dtype)
 
 
 def _summed(g: Tensor) -> Tensor:

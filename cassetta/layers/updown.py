@@ -156,7 +156,7 @@ class DownPool(Level, nn.Sequential):
 
     @property
     def return_indices(self) -> bool:
-        return bool(self[0].return_indices)
+        return bool(getattr(self[0], "return_indices", False))
 
     def forward(self, x: Tensor) -> Any:
         """
