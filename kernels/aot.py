@@ -21,6 +21,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cassetta.kernels import (
     activations,
@@ -30,6 +31,7 @@ from cassetta.kernels import (
     conv_wgrad,
     finalize,
     layout,
+    plans,
     pointwise,
     pool,
     reductions,
@@ -98,8 +100,8 @@ def check(arch: int) -> Iterator[Report]:
     for n, (dtype, activation, kind) in enumerate(_pairs()):
         reports: list[Report] = []
         case = f"{str(dtype).removeprefix('torch.')} {activation} {kind}"
-        plan = configs.PLANS[n // 4 % len(configs.PLANS)]  # with every other choice
-        with recorded(arch, f"{case}, {plan}", reports), configs.use_plan(plan):
+        plan = plans.PLANS[n // 4 % len(plans.PLANS)]  # with every other choice
+        with recorded(arch, f"{case}, {plan}", reports), plans.use_plan(plan):
             _run_passes(_image(dtype, kind), activation, full=n % 2 == 0, after=n % 4 < 2)
             _run_pools(_image(dtype, kind), activation, full=n % 2 == 0, large=n % 4 < 2)
             _run_interpolation(_image(dtype, kind), activation, full=n % 2 == 0)
@@ -107,21 +109,28 @@ def check(arch: int) -> Iterator[Report]:
                 _run_norms(dtype)
         yield from reports
     for n, dtype in enumerate(configs.dtypes()):
-        gemm, wgrad = (
-            configs.Product(name, (1, 1), 1, (1,), _SAME, dtype).plans
+        yield from _check_convolutions(arch, dtype, n)
+
+
+def _check_convolutions(arch: int, dtype: torch.dtype, n: int) -> Iterator[Report]:
+    """By each plan that the architecture can run, with other channels and another activation."""
+    gemm, wgrad = (
+        [plan for plan in product.plans if arch >= 90 or not plan.boxes]
+        for product in (
+            plans.Product(name, (1, 1), 1, (1,), _SAME, dtype)
             for name in ("conv_fprop", "conv_wgrad")
         )
-        for m in range(len(_CHANNELS)):  # as many as there are plans
-            plans = gemm[m % len(gemm)], wgrad[m % len(wgrad)]
-            channels = _CHANNELS[(m + 2 * n) % len(_CHANNELS)]
-            reports = []
-            kind = str(dtype).removeprefix("torch.")
-            case = f"{kind} {channels} channels, {plans[0]}, {plans[1]}"
-            exact = _precision("ieee" if m % 2 else "tf32")
-            with recorded(arch, case, reports), configs.use_plan(*plans), exact:
-                name = activations.NAMES[(n * 5 + m) % len(activations.NAMES)]
-                _run_convolutions(dtype, channels, name, full=(n + m) % 2 == 0)
-            yield from reports
+    )
+    for m in range(max(len(gemm), len(_CHANNELS))):
+        pair = gemm[m % len(gemm)], wgrad[m % len(wgrad)]
+        channels = _CHANNELS[(m + 2 * n) % len(_CHANNELS)]
+        reports: list[Report] = []
+        case = f"{str(dtype).removeprefix('torch.')} {channels} channels, {pair[0]}, {pair[1]}"
+        exact = _precision("ieee" if m % 2 else "tf32")
+        with recorded(arch, case, reports), plans.use_plan(*pair), exact:
+            name = activations.NAMES[(n * 5 + m) % len(activations.NAMES)]
+            _run_convolutions(dtype, channels, name, full=(n + m) % 2 == 0)
+        yield from reports
 
 
 _CHANNELS = (5, 21, 32, 64, 128)
@@ -258,6 +267,9 @@ def _signature(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) ->
         if isinstance(value, Tensor):
             types[name] = _TYPES[value.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            kind = _TYPES[value.base.dtype].removeprefix("*")
+            types[name] = f"tensordesc<{kind}{list(value.block_shape)}>"
         elif name in constants or value is None or (special and type(value) is int and value == 1):
             types[name] = "constexpr"
             fixed[(i,)] = value

@@ -1,15 +1,14 @@
 """How large a tile is and how many voxels a program visits: by the shape, and what was measured."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cassetta.kernels import evidence
-from cassetta.kernels.types import Geometry
+from cassetta.kernels import boxes, plans
+from cassetta.kernels.boxes import NO_BOX, Box
+from cassetta.kernels.plans import Pass, Plan, Product
 
 REGISTERS = 255
 """Of a thread of a convolution, at most. Said so, or the compiler keeps to fewer, and spills."""
@@ -65,12 +64,13 @@ class GemmConfig(NamedTuple):
     programs: int
     warps: int
     stages: int  # steps whose operands are under way
+    box: Box = NO_BOX  # of voxels of a tile; else they follow one another in memory
 
     @property
     def blocks(self) -> dict[str, int]:
         return {
             "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k,
-            "STAGES": self.stages,
+            "STAGES": self.stages, **_named(self.box),
         }  # fmt: skip
 
     @property
@@ -85,74 +85,27 @@ class WgradConfig(NamedTuple):
     block_c: int  # their channels
     block_n: int  # channels of a tile
     block_v: int  # voxels that are multiplied in a step
-    part: int  # voxels that a program visits
+    steps: int  # along the voxels of a sample
+    part: int  # steps of a program
     splits: int  # programs along the voxels of a sample
     c_blocks: int
     k_blocks: int
     programs: int
     warps: int
     stages: int
+    box: Box = NO_BOX  # of voxels of a step
 
     @property
     def blocks(self) -> dict[str, int]:
         return {
             "BLOCK_T": self.block_t, "BLOCK_C": self.block_c, "BLOCK_N": self.block_n,
-            "BLOCK_V": self.block_v, "STAGES": self.stages,
+            "BLOCK_V": self.block_v, "STAGES": self.stages, **_named(self.box),
         }  # fmt: skip
 
     @property
     def options(self) -> dict[str, int]:
         return {"num_warps": self.warps, "maxnreg": REGISTERS}
 
-
-class Plan(NamedTuple):
-    """What may be tuned of the launch of a pass over an image."""
-
-    tile: int = 2048  # elements
-    warps: int = 8
-
-    def __str__(self) -> str:
-        return f"{self.tile} elements, {self.warps} warps"
-
-
-class GemmPlan(NamedTuple):
-    """What may be tuned of the launch of a convolution, or of the gradient of its image."""
-
-    block_m: int = 128  # voxels of a tile
-    block_n: int = 128  # channels of a tile, at most
-    block_k: int = 64  # channels that are multiplied in a step, at most
-    stages: int = 3
-
-    def __str__(self) -> str:
-        return f"{self.block_m} x {self.block_n} x {self.block_k}, {self.stages} stages"
-
-
-class WgradPlan(NamedTuple):
-    """What may be tuned of the launch of the gradient of weights."""
-
-    rows: int = 64  # taps x channels of a tile
-    block_n: int = 64  # channels of a tile, at most
-    block_v: int = 32  # voxels that are multiplied in a step
-    stages: int = 3
-
-    def __str__(self) -> str:
-        return f"{self.rows} x {self.block_n} x {self.block_v}, {self.stages} stages"
-
-
-PLANS = (Plan(), Plan(1024, 4), Plan(1024, 8), Plan(4096, 16))
-"""The first by rule, all to be tried by the tuner. 8 elements for a thread, a 16-byte access in 16
-bits, or 4; 16 made the compiler for sm_100 spill."""
-
-GEMM_PLANS = (
-    GemmPlan(), GemmPlan(128, 64, 64), GemmPlan(128, 128, 32, 4), GemmPlan(64, 64, 64, 4),
-    GemmPlan(64, 128, 64),
-)  # fmt: skip
-WGRAD_PLANS = (
-    WgradPlan(), WgradPlan(128, 64, 32), WgradPlan(64, 128, 32), WgradPlan(64, 64, 64),
-)  # fmt: skip
-_GEMM_PLANS_32 = (GemmPlan(64, 64, 32), GemmPlan(64, 64, 16), GemmPlan(64, 32, 32))
-_WGRAD_PLANS_32 = (WgradPlan(64, 64, 32), WgradPlan(64, 32, 32))
-"""Of float32, whose operands are twice as large."""
 
 VOXELS = 2**31 - 2**16
 """A channel has fewer: kernels count them in 31 bits, and a tile may end outside the image."""
@@ -162,155 +115,85 @@ REDUCED = 64
 at most 1/2^16 of the image, and the second stage reads them in no time."""
 
 
-class Pass(NamedTuple):
-    """A pass over an image, as it is named in the table of what was measured."""
-
-    name: str
-    image: Tensor
-    last: bool  # whether channels come last
-    plans: tuple[Plan, ...] = PLANS
-
-    @property
-    def key(self) -> str:
-        """In words."""
-        shape, dtype = "x".join(map(str, self.image.shape)), str(self.image.dtype)[6:]
-        return f"{self.name} {shape} {'last' if self.last else 'first'} {dtype}"
-
-    def without_data(self) -> "Pass":
-        """The same, of an image that holds no memory."""
-        x = self.image
-        return self._replace(
-            image=torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-        )
-
-
-class Product(NamedTuple):
-    """A pass of a convolution, as it is named in the table of what was measured."""
-
-    name: str  # "conv_fprop", "conv_dgrad" or "conv_wgrad"
-    shape: tuple[int, ...]  # of the image that the convolution reads
-    channels: int  # of what it returns
-    taps: tuple[int, ...]
-    geometry: Geometry
-    dtype: torch.dtype
-
-    @property
-    def key(self) -> str:
-        """In words."""
-        shape, dtype = "x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch.")
-        stride, padding, dilation, _ = self.geometry
-        how = f"k{self.taps} s{stride} p{padding} d{dilation}"
-        return f"{self.name} {shape} to {self.channels}, {how}, {dtype}"
-
-    @property
-    def plans(self) -> tuple[GemmPlan, ...] | tuple[WgradPlan, ...]:
-        """The plans that may run it, the first by rule."""
-        if self.dtype.itemsize == 2:
-            return WGRAD_PLANS if self.name == "conv_wgrad" else GEMM_PLANS
-        return _WGRAD_PLANS_32 if self.name == "conv_wgrad" else _GEMM_PLANS_32
-
-    def without_data(self) -> "Product":
-        """Itself."""
-        return self
-
-
-_forced: dict[type, Any] = {}
-_asked: dict[str, Pass | Product] | None = None
-
-
 def of(name: str, x: Tensor, strides: tuple[int, int, int], reduce: bool) -> Config:
     """The launch of a pass over an image of these strides (of samples, channels, voxels)."""
     n, c, *size = x.shape
     last = strides[1] == 1 and c > 1
-    plan = _plan(Pass(name, x, last), x.device)
+    plan = plans.chosen(Pass(name, x, last), x.device)
     return over_voxels(n, c, math.prod(size), last, reduce, plan)
 
 
 def gemm(
-    product: Product, samples: int, voxels: int, device: torch.device, heavy: bool
-) -> GemmConfig:
-    """The launch of a product of `voxels` rows per sample; `heavy` if much is fused with it."""
+    product: Product, samples: int, size: tuple[int, int, int], device: torch.device, heavy: bool,
+    readable: bool,
+) -> GemmConfig:  # fmt: skip
+    """The launch of a product whose rows are the voxels of so many images of this size.
+
+    `heavy` if much is fused with it; `readable` if what it reads can be read in boxes.
+    """
     k, c = product.channels, product.shape[1]
     if product.name == "conv_dgrad":
         k, c = c, k
-    plan = _plan(product, device)
+    plan = plans.chosen(product, device)
     block_n = max(16, min(_power(k), plan.block_n))
     block_k = max(16, min(_power(c), plan.block_k))
     exact = precision(product.dtype) == "ieee"
     if heavy or exact:
         block_n, block_k = min(block_n, 64), min(block_k, 16 if exact else 32)
     warps = _warps(16 if exact or heavy else 64, plan.block_m * max(block_n, block_k))
-    tiles, k_blocks = -(-voxels // plan.block_m), -(-k // block_n)
-    programs = samples * tiles * k_blocks
-    return GemmConfig(plan.block_m, block_n, block_k, tiles, k_blocks, programs, warps, plan.stages)
+    box, tiles = NO_BOX, -(-math.prod(size) // plan.block_m)
+    if _is_boxed(plan, product, device, readable):
+        box = boxes.fitting(plan.block_m, size)
+        tiles = boxes.covering(box, size)
+    k_blocks = -(-k // block_n)
+    return GemmConfig(
+        plan.block_m, block_n, block_k, tiles, k_blocks, samples * tiles * k_blocks, warps,
+        plan.stages, box,
+    )  # fmt: skip
 
 
-def wgrad(product: Product, voxels: int, device: torch.device, heavy: bool) -> WgradConfig:
-    """The launch of a product over `voxels` of each sample; `heavy` if much is fused with it.
+def wgrad(
+    product: Product, size: tuple[int, int, int], device: torch.device, heavy: bool, readable: bool
+) -> WgradConfig:
+    """The launch of a product over the voxels of images of this size, as `gemm`.
 
     As many splits as fill a large GPU, of 512 voxels at least, so that adding their shares is
     nothing beside computing them.
     """
     samples, c = product.shape[:2]
-    taps = math.prod(product.taps)
-    plan = _plan(product, device)
+    taps, voxels = math.prod(product.taps), math.prod(size)
+    plan = plans.chosen(product, device)
+    boxed = _is_boxed(plan, product, device, readable)
     block_n = max(16, min(_power(product.channels), plan.block_n))
     block_c = max(16, min(_power(c), plan.rows))
-    block_t = min(_power(taps), max(1, plan.rows // block_c))
+    block_t = 1 if boxed else min(_power(taps), max(1, plan.rows // block_c))
     exact = precision(product.dtype) == "ieee"
     block_v = min(plan.block_v, 16) if exact else plan.block_v
     warps = _warps(16 if exact or heavy else 32, block_t * block_c * max(block_n, block_v))
     t_blocks, c_blocks = -(-taps // block_t), -(-c // block_c)
     k_blocks = -(-product.channels // block_n)
     others = samples * t_blocks * c_blocks * k_blocks
-    splits = max(1, min(2048 // max(others, 1), voxels // 512))
-    part = -(-voxels // (splits * block_v)) * block_v
-    splits = max(1, -(-voxels // part))
+    box = boxes.fitting(block_v, size) if boxed else NO_BOX
+    steps = boxes.covering(box, size) if boxed else -(-voxels // block_v)
+    part = max(1, -(-steps // max(1, min(2048 // max(others, 1), voxels // 512))))
+    splits = max(1, -(-steps // part))
     return WgradConfig(
-        block_t, block_c, block_n, block_v, part, splits, c_blocks, k_blocks,
-        others * splits, warps, plan.stages,
+        block_t, block_c, block_n, block_v, steps, part, splits, c_blocks, k_blocks,
+        others * splits, warps, plan.stages, box,
     )  # fmt: skip
+
+
+def _is_boxed(plan: Any, product: Product, device: torch.device, readable: bool) -> bool:
+    return plan.boxes and readable and product.reads_boxes and boxes.are_copied(device)
+
+
+def _named(box: Box) -> dict[str, int]:
+    return {f"BOX{axis}": side for axis, side in enumerate(box)}
 
 
 def _warps(most: int, tile: int) -> int:
     """Enough that a thread holds no more than so much of a tile, and its registers do not spill."""
     return 4 if tile <= 4 * 32 * most else 8
-
-
-def _plan(what: Pass | Product, device: torch.device) -> Any:
-    """The plan that was the fastest by measurement; the first where none was measured."""
-    plans = what.plans
-    forced = _forced.get(type(plans[0]))
-    if forced is not None or device.type == "meta":
-        return forced or plans[0]
-    if _asked is not None:
-        _asked[what.key] = what.without_data()
-    table = evidence.table(device)
-    record = table.find(what.key) if table.records else None
-    by_name = {str(plan): plan for plan in plans} if record else {}
-    return by_name.get(record.choice, plans[0]) if record else plans[0]
-
-
-@contextmanager
-def use_plan(*plans: Any) -> Iterator[None]:
-    """Every launch by these plans, each for those of its kind."""
-    global _forced
-    before, _forced = _forced, {**_forced, **{type(plan): plan for plan in plans}}
-    try:
-        yield
-    finally:
-        _forced = before
-
-
-@contextmanager
-def listening() -> Iterator[dict[str, Pass | Product]]:
-    """What is planned in this block of code, by key."""
-    global _asked
-    before, _asked = _asked, {}
-    try:
-        yield _asked
-    finally:
-        _asked = before
 
 
 def over_voxels(n: int, c: int, v: int, last: bool, reduce: bool, plan: Plan) -> Config:

@@ -12,8 +12,8 @@ the voxels that `reference.prologue_sums` states; they are taken here, from dz w
 from torch import Tensor
 
 from cassetta.kernels import layout
-from cassetta.kernels.configs import Product
 from cassetta.kernels.conv_fprop import Walk, run, walk
+from cassetta.kernels.plans import Product
 from cassetta.kernels.types import NOTHING, Geometry, Prologue
 
 

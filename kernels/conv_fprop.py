@@ -13,6 +13,7 @@ exchanged) and, with SCATTER, what writes to one tap per voxel: transposed convo
 is their size. 2 N |Y| K C T operations; x is read T times, mostly from the L2 cache.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -20,50 +21,63 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cassetta.kernels import configs, layout, reductions, tile
-from cassetta.kernels.configs import Product
+from cassetta.kernels import boxes, configs, layout, reductions, tile
+from cassetta.kernels.boxes import NO_BOX
+from cassetta.kernels.configs import GemmConfig
+from cassetta.kernels.plans import Product
 from cassetta.kernels.types import NOTHING, Activation, Geometry, Prologue
 
 _SIZES = [
-    "C", "C2", "K", "V", "X0", "X1", "X2", "Y1", "Y2", "Z1", "Z2", "T0", "T1", "T2", "s0", "s1",
-    "s2", "b0", "b1", "b2", "d0", "d1", "d2", "x_n", "x_v", "u_n", "u_v", "y_n", "y_v", "taps",
-    "outs", "tiles", "k_blocks", "size",
+    "C", "C2", "K", "V", "X0", "X1", "X2", "Y0", "Y1", "Y2", "Z1", "Z2", "T0", "T1", "T2", "s0",
+    "s1", "s2", "b0", "b1", "b2", "d0", "d1", "d2", "x_n", "x_v", "u_n", "u_v", "y_n", "y_v",
+    "taps", "outs", "tiles", "k_blocks", "size",
 ]  # fmt: skip
 """What is a number at run time, whatever it is."""
 
 
 @triton.jit
 def accumulate(
-    total, x_ptr, w_ptr, n, i0, i1, i2, inside, k, C, K, x_n, x_v, X0, X1, X2, T1, T2, taps,
-    d0, d1, d2, p_s1, p_t1, p_slope, p_s2, p_t2, p_p, p_q,
+    total, x_ptr, w_ptr, n, i0, i1, i2, q0, q1, q2, inside, out, k0, C, K, x_n, x_v, X0, X1, X2,
+    T1, T2, taps, d0, d1, d2, p_s1, p_t1, p_slope, p_s2, p_t2, p_p, p_q,
     PRE: tl.constexpr, ACT: tl.constexpr, GUARD: tl.constexpr, BLOCK_K: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    WIDE: tl.constexpr, BOXED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Add to `total` (BLOCK_M, BLOCK_N) the products of all taps, the first one at i0, i1, i2."""
+    """Add to `total` (BLOCK_M, BLOCK_N) the products of all taps, the first one at i0, i1, i2.
+
+    `out` is the first tap of w. BOXED, the images are descriptors, and the tile begins at q0, q1,
+    q2.
+    """
+    BLOCK_M: tl.constexpr = total.shape[0]
+    BLOCK_N: tl.constexpr = total.shape[1]
     channels, columns = tile.edge(C, True), tile.edge(K, True)
     blocks = tl.cdiv(channels, BLOCK_K)
-    base = x_ptr + n * (x_n // 8 * 8)
-    step_v = x_v // 8 * 8
-    tap, block, t0, t1, t2 = 0, 0, 0, 0, 0
+    tap, block, t0, t1, t2 = out, 0, 0, 0, 0
     for _ in tl.range(0, taps * blocks, num_stages=STAGES):
         a, b, e = i0 + t0 * d0, i1 + t1 * d1, i2 + t2 * d2
         ok = inside & (a >= 0) & (a < X0) & (b >= 0) & (b < X1) & (e >= 0) & (e < X2)
         c = block * BLOCK_K + tl.arange(0, BLOCK_K)
-        v = (a * X1 + b) * X2 + e
-        if WIDE:
-            v = v.to(tl.int64)
-        there = ok[:, None] & (c < channels)[None, :]
-        x = tl.load(base + (v * step_v)[:, None] + c[None, :], mask=there, other=0.0)
+        if BOXED:
+            x = x_ptr.load([n, q0 + t0 * d0, q1 + t1 * d1, q2 + t2 * d2, block * BLOCK_K])
+            x = tl.reshape(x, (BLOCK_M, BLOCK_K))
+            w = tl.reshape(w_ptr.load([tap, block * BLOCK_K, k0]), (BLOCK_K, BLOCK_N))
+        else:
+            v = (a * X1 + b) * X2 + e
+            if WIDE:
+                v = v.to(tl.int64)
+            at = x_ptr + n.to(tl.int64) * (x_n // 8 * 8)
+            at += (v * (x_v // 8 * 8))[:, None] + c[None, :]
+            x = tl.load(at, mask=ok[:, None] & (c < channels)[None, :], other=0.0)
+            k = k0 + tl.arange(0, BLOCK_N)
+            at = (tap * channels + c)[:, None] * columns + k[None, :]
+            there = (c < channels)[:, None] & (k < columns)[None, :]
+            w = tl.load(w_ptr + at, mask=there, other=0.0)
         if PRE:
             z = tile.transformed(
                 x.to(tl.float32), n, c, C, p_s1, p_t1, p_slope, p_s2, p_t2, p_p, p_q, ACT
             )  # fmt: skip
-            x = tl.where(ok[:, None] & (c < C)[None, :], z, 0.0).to(w_ptr.dtype.element_ty)
-        elif GUARD:
+            x = tl.where(ok[:, None] & (c < C)[None, :], z, 0.0).to(w.dtype)
+        elif GUARD and not BOXED:
             x = tl.where((c < C)[None, :], x, 0.0)
-        at = (tap * channels + c)[:, None] * columns + k[None, :]
-        there = (c < channels)[:, None] & (k < columns)[None, :]
-        w = tl.load(w_ptr + at, mask=there, other=0.0)
         total = tl.dot(x, w, total, input_precision=PRECISION)
         block += 1
         wrap = (block == blocks).to(tl.int32)
@@ -82,36 +96,43 @@ def accumulate(
 @triton.jit(do_not_specialize=_SIZES)
 def _conv_kernel(
     x_ptr, u_ptr, w_ptr, w2_ptr, b_ptr, y_ptr, r_ptr, p_s1, p_t1, p_slope, p_s2, p_t2, p_p, p_q,
-    e_s1, e_t1, e_slope, e_s2, e_t2, e_p, e_q, centre_ptr, out_ptr, mean_ptr, m2_ptr, m_p, m_q,
-    C, C2, K, V, X0, X1, X2, Y1, Y2, Z1, Z2, T0, T1, T2, s0, s1, s2, b0, b1, b2, d0, d1, d2,
-    x_n, x_v, u_n, u_v, y_n, y_v, r_n, r_c, r_v, taps, outs, tiles, k_blocks, size,
+    e_s1, e_t1, e_slope, e_s2, e_t2, e_p, e_q, centre_ptr, out_ptr, mean_ptr, m2_ptr,
+    count_ptr, m_p, m_q, C, C2, K, V, X0, X1, X2, Y0, Y1, Y2, Z1, Z2, T0, T1, T2, s0, s1, s2,
+    b0, b1, b2, d0, d1, d2, x_n, x_v, u_n, u_v, y_n, y_v, r_n, r_c, r_v, taps, outs, tiles,
+    k_blocks, size,
     PRE: tl.constexpr, P_ACT: tl.constexpr, E_ACT: tl.constexpr, M_ACT: tl.constexpr,
     SCATTER: tl.constexpr, AFTER: tl.constexpr, GUARD: tl.constexpr, GUARD2: tl.constexpr,
     R_WORDS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BOX0: tl.constexpr, BOX1: tl.constexpr, BOX2: tl.constexpr,
 ):  # fmt: skip
+    BOXED: tl.constexpr = BOX0 > 0
     program = tl.program_id(0)
-    k = (program % k_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k0 = (program % k_blocks) * BLOCK_N
+    k = k0 + tl.arange(0, BLOCK_N)
     rest = program // k_blocks
     tile_m, out = rest % tiles, rest // tiles % outs  # `out` is the tap that is written to
-    n = (rest // tiles // outs).to(tl.int64)
-    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = m < V
-    y0, y1, y2 = m // Y2 // Y1, m // Y2 % Y1, m % Y2
+    n = rest // tiles // outs
+    e0, e1, e2 = tile.box_of(tile_m, Y1, Y2, BOX0, BOX1, BOX2)
+    m, y0, y1, y2, inside = tile.voxels_of(
+        tile_m, e0, e1, e2, V, Y0, Y1, Y2, BLOCK_M, BOX0, BOX1, BOX2
+    )  # fmt: skip
+    q0, q1, q2 = e0 * BOX0 - b0, e1 * BOX1 - b1, e2 * BOX2 - b2
     i0, i1, i2 = y0 * s0 - b0, y1 * s1 - b1, y2 * s2 - b2
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    w_ptr += out * tile.edge(C, True) * tile.edge(K, True)
     total = accumulate(
-        total, x_ptr, w_ptr, n, i0, i1, i2, inside, k, C, K, x_n, x_v, X0, X1, X2, T1, T2, taps,
-        d0, d1, d2, p_s1, p_t1, p_slope, p_s2, p_t2, p_p, p_q,
-        PRE, P_ACT, GUARD, BLOCK_K, WIDE, PRECISION, STAGES,
+        total, x_ptr, w_ptr, n, i0, i1, i2, q0, q1, q2, inside, out, k0, C, K,
+        x_n, x_v, X0, X1, X2, T1, T2, taps, d0, d1, d2, p_s1, p_t1, p_slope, p_s2, p_t2, p_p, p_q,
+        PRE, P_ACT, GUARD, BLOCK_K, WIDE, BOXED, PRECISION, STAGES,
     )  # fmt: skip
     if u_ptr is not None:  # further channels, in another image
         total = accumulate(
-            total, u_ptr, w2_ptr, n, i0, i1, i2, inside, k, C2, K, u_n, u_v, X0, X1, X2, T1, T2,
-            taps, d0, d1, d2, None, None, None, None, None, p_p, p_q,
-            False, P_ACT, GUARD2, BLOCK_K, WIDE, PRECISION, STAGES,
+            total, u_ptr, w2_ptr, n, i0, i1, i2, q0, q1, q2, inside, out, k0, C2, K,
+            u_n, u_v, X0, X1, X2, T1, T2, taps, d0, d1, d2,
+            None, None, None, None, None, p_p, p_q,
+            False, P_ACT, GUARD2, BLOCK_K, WIDE, BOXED, PRECISION, STAGES,
         )  # fmt: skip
+    n = n.to(tl.int64)
     if b_ptr is not None:
         total += tl.load(b_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
     v = m
@@ -143,7 +164,8 @@ def _conv_kernel(
     if mean_ptr is not None:
         slope = tl.zeros((1, BLOCK_N), tl.float32)
         value = tile.activation(value, m_p, m_q, slope, M_ACT)
-        _leave_moments(value, inside, k < K, mean_ptr + chunk, m2_ptr + chunk)
+        count = _leave_moments(value, inside, k < K, mean_ptr + chunk, m2_ptr + chunk)
+        tl.store(count_ptr + out * tiles + tile_m, count, mask=(n == 0) & (k0 == 0))
 
 
 @triton.jit
@@ -166,12 +188,16 @@ def _leave_sums(
 
 @triton.jit
 def _leave_moments(value, inside, wanted, mean_out, m2_out):
-    """The mean of each channel of a tile, and the sum of squared deviations from it."""
+    """The mean of each channel of a tile, and the sum of squared deviations from it.
+
+    Returns the number of its voxels.
+    """
     count = tl.sum(inside.to(tl.float32), 0)
     mean = tl.sum(tl.where(inside[:, None], value, 0.0), 0) / count
     apart = tl.where(inside[:, None], value - mean[None, :], 0.0)
     tl.store(mean_out, mean, mask=wanted)
     tl.store(m2_out, tl.sum(apart * apart, 0), mask=wanted)
+    return count
 
 
 class Walk(NamedTuple):
@@ -234,18 +260,17 @@ def run(
     then the sums that it asks for come back: (2, N, K), and nothing else. Otherwise the moments.
     """
     (n, c), k = x.shape[:2], y.shape[1]
-    voxels = steps.out[0] * steps.out[1] * steps.out[2]
     taps = steps.taps[0] * steps.taps[1] * steps.taps[2]
     outs, taps = (taps, 1) if scatter else (1, taps)
     heavy = image is not None or not p.is_identity or not epilogue.is_identity
     heavy |= moments_of is not None and moments_of.name not in ("identity", "relu", "leaky_relu")
-    config = configs.gemm(product, n * outs, voxels, x.device, heavy)
-    tables: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
-    chunks = outs * config.tiles
+    size = (steps.out[0], steps.out[1], steps.out[2])
+    config = configs.gemm(product, n * outs, size, x.device, heavy, _are_readable(x, x2, w, w2))
+    chunks, tables = outs * config.tiles, {"dtype": torch.float32, "device": x.device}
     sums = None if centre is None else torch.empty(2, n, chunks, k, **tables)
-    means, m2s = (
-        (None if moments_of is None else torch.empty(n, chunks, k, **tables)) for _ in range(2)
-    )
+    partial: Any = (None, None, None)
+    if moments_of is not None:
+        partial = reductions.partial(n, chunks, k, x.device)
     r_strides = (0, 0, 0)
     if image is not None:
         image, r_strides = tile.strided(image)
@@ -258,9 +283,10 @@ def run(
         stride, before = (1, 1, 1), (0, 0, 0)
     tile.launch(
         _conv_kernel, x, config,
-        x, x2, w, w2, b, y, image, s1, t1, slope, s2, t2, act.p, act.q,
-        e1, f1, e_slope, e2, f2, e_act.p, e_act.q, centre, sums, means, m2s, m_act.p, m_act.q,
-        c, 0 if x2 is None else x2.shape[1], k, voxels, *inp, *out[1:],
+        *_operands(config, x, x2, w, w2), b, y, image, s1, t1, slope, s2, t2, act.p, act.q,
+        e1, f1, e_slope, e2, f2, e_act.p, e_act.q, centre, sums, *partial,
+        m_act.p, m_act.q,
+        c, 0 if x2 is None else x2.shape[1], k, math.prod(out), *inp, *out,
         *lifted(tuple(y.shape[2:]), 1)[1:], *size, *stride, *before, *dilation,
         *voxel_steps(x), *((0, 0) if x2 is None else voxel_steps(x2)), *voxel_steps(y), *r_strides,
         taps, outs, config.tiles, config.k_blocks, n * chunks * k,
@@ -272,10 +298,24 @@ def run(
     )  # fmt: skip
     if sums is not None:
         return sums.sum(2), sums.new_empty(0)
-    if means is None or m2s is None:
+    if moments_of is None:
         return x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
-    mean, var = reductions.combine(means, m2s, voxels, config.block_m)
+    mean, var = reductions.combine(*partial)
     return mean, var
+
+
+def _are_readable(x: Tensor, x2: Tensor | None, *tables: Tensor | None) -> bool:
+    """Whether all of these can be read in boxes."""
+    images = (boxes.strides(one) is not None for one in (x, x2) if one is not None)
+    return all(images) and all(one is None or one.data_ptr() % 16 == 0 for one in tables)
+
+
+def _operands(config: GemmConfig, x: Tensor, x2: Tensor | None, *tables: Tensor | None) -> Any:
+    """What the kernel reads, as pointers, or as descriptors of boxes."""
+    if config.box == NO_BOX:
+        return x, x2, *tables
+    images = (tile.image_in_boxes(one, config.box, config.block_k) for one in (x, x2))
+    return *images, *(tile.table_in_boxes(one, config.block_k, config.block_n) for one in tables)
 
 
 def voxel_steps(x: Tensor) -> tuple[int, int]:

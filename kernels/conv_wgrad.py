@@ -7,77 +7,107 @@ programs: each leaves its share in float32, and these are added in their order. 
 input gives the same bits.
 """
 
+import math
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cassetta.kernels import configs, layout, tile
+from cassetta.kernels import boxes, configs, layout, plans, tile
+from cassetta.kernels.boxes import NO_BOX
 from cassetta.kernels.conv_fprop import voxel_steps, walk
 from cassetta.kernels.types import Geometry, Prologue
 
 _SIZES = [
-    "C", "K", "V", "X0", "X1", "X2", "Y1", "Y2", "T1", "T2", "s0", "s1", "s2", "b0", "b1", "b2",
-    "d0", "d1", "d2", "x_n", "x_v", "g_n", "g_v", "taps", "part", "splits", "c_blocks", "k_blocks",
+    "C", "K", "V", "X0", "X1", "X2", "Y0", "Y1", "Y2", "T1", "T2", "s0", "s1", "s2", "b0", "b1",
+    "b2", "d0", "d1", "d2", "x_n", "x_v", "g_n", "g_v", "taps", "steps", "part", "splits",
+    "c_blocks", "k_blocks",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def _conv_wgrad_kernel(
     x_ptr, g_ptr, dw_ptr, db_ptr, p_s1, p_t1, p_slope, p_s2, p_t2, p_p, p_q,
-    C, K, V, X0, X1, X2, Y1, Y2, T1, T2, s0, s1, s2, b0, b1, b2, d0, d1, d2,
-    x_n, x_v, g_n, g_v, taps, part, splits, c_blocks, k_blocks,
+    C, K, V, X0, X1, X2, Y0, Y1, Y2, T1, T2, s0, s1, s2, b0, b1, b2, d0, d1, d2,
+    x_n, x_v, g_n, g_v, taps, steps, part, splits, c_blocks, k_blocks,
     PRE: tl.constexpr, ACT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
-    STAGES: tl.constexpr,
+    RAGGED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
+    BOX0: tl.constexpr, BOX1: tl.constexpr, BOX2: tl.constexpr,
 ):  # fmt: skip
+    BOXED: tl.constexpr = BOX0 > 0
     program = tl.program_id(0)
     k_block, rest = program % k_blocks, program // k_blocks
     c_block, rest = rest % c_blocks, rest // c_blocks
     t_blocks = tl.cdiv(taps, BLOCK_T)
     t_block, rest = rest % t_blocks, rest // t_blocks
-    split, n = rest % splits, (rest // splits).to(tl.int64)
+    split, n = rest % splits, rest // splits
     row = tl.arange(0, BLOCK_T * BLOCK_C)
     tap, c = t_block * BLOCK_T + row // BLOCK_C, c_block * BLOCK_C + row % BLOCK_C
     k = k_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    o0 = tap // (T1 * T2) * d0 - b0
-    o1 = tap // T2 % T1 * d1 - b1
-    o2 = tap % T2 * d2 - b2
+    o0, o1, o2 = _offsets(tap, T1, T2, d0, d1, d2, b0, b1, b2)
+    q0, q1, q2 = _offsets(t_block, T1, T2, d0, d1, d2, b0, b1, b2)  # BOXED, it is the tap
     wanted = (c < tile.edge(C, True)) & (tap < taps)
     if PRE:
         scale, shift = tile.row(p_s1, n, c, C, 1.0), tile.row(p_t1, n, c, C, 0.0)
         outer, offset = tile.row(p_s2, n, c, C, 1.0), tile.row(p_t2, n, c, C, 0.0)
         slope = tile.row(p_slope, n, c, C, 0.0)
-    x_base = x_ptr + n * (x_n // 8 * 8)
-    g_base = g_ptr + n * (g_n // 8 * 8)
-    x_step, g_step = x_v // 8 * 8, g_v // 8 * 8
     total = tl.zeros((BLOCK_T * BLOCK_C, BLOCK_N), tl.float32)
     bias = tl.zeros((BLOCK_N,), tl.float32)
-    end = tl.minimum((split + 1) * part, V)
-    for start in tl.range(split * part, end, BLOCK_V, num_stages=STAGES):
-        v = start + tl.arange(0, BLOCK_V)
-        inside = v < V
-        i0 = (v // Y2 // Y1 * s0)[:, None] + o0[None, :]
-        i1 = (v // Y2 % Y1 * s1)[:, None] + o1[None, :]
-        i2 = (v % Y2 * s2)[:, None] + o2[None, :]
+    first, end = split * part, tl.minimum((split + 1) * part, steps)
+    e0, e1, e2 = tile.box_of(first, Y1, Y2, BOX0, BOX1, BOX2)
+    for step in tl.range(first, end, num_stages=STAGES):
+        v, y0, y1, y2, inside = tile.voxels_of(
+            step, e0, e1, e2, V, Y0, Y1, Y2, BLOCK_V, BOX0, BOX1, BOX2
+        )  # fmt: skip
+        i0, i1 = (y0 * s0)[:, None] + o0[None, :], (y1 * s1)[:, None] + o1[None, :]
+        i2 = (y2 * s2)[:, None] + o2[None, :]
         ok = (i0 >= 0) & (i0 < X0) & (i1 >= 0) & (i1 < X1) & (i2 >= 0) & (i2 < X2)
         ok = ok & inside[:, None] & wanted[None, :]
-        at = (i0 * X1 + i1) * X2 + i2
-        if WIDE:
-            at, v = at.to(tl.int64), v.to(tl.int64)
-        x = tl.load(x_base + at * x_step + c[None, :], mask=ok, other=0.0)
+        if BOXED:
+            a0, a1, a2 = e0 * BOX0, e1 * BOX1, e2 * BOX2
+            x = x_ptr.load([n, a0 + q0, a1 + q1, a2 + q2, c_block * BLOCK_C])
+            x = tl.reshape(x, (BLOCK_V, BLOCK_C))
+            g = tl.reshape(g_ptr.load([n, a0, a1, a2, k_block * BLOCK_N]), (BLOCK_V, BLOCK_N))
+        else:
+            at = (i0 * X1 + i1) * X2 + i2
+            if WIDE:
+                at, v = at.to(tl.int64), v.to(tl.int64)
+            many = n.to(tl.int64)
+            x_at = x_ptr + many * (x_n // 8 * 8) + (at * (x_v // 8 * 8) + c[None, :])
+            x = tl.load(x_at, mask=ok, other=0.0)
+            g_at = g_ptr + many * (g_n // 8 * 8) + ((v * (g_v // 8 * 8))[:, None] + k[None, :])
+            there = inside[:, None] & (k < tile.edge(K, True))[None, :]
+            g = tl.load(g_at, mask=there, other=0.0)
         if PRE:
             u = tile.activation(scale * x.to(tl.float32) + shift, p_p, p_q, slope, ACT)
-            x = tl.where(ok, outer * u + offset, 0.0).to(g_ptr.dtype.element_ty)
-        there = inside[:, None] & (k < tile.edge(K, True))[None, :]
-        g = tl.load(g_base + (v * g_step)[:, None] + k[None, :], mask=there, other=0.0)
+            x = tl.where(ok, outer * u + offset, 0.0).to(g.dtype)
+        elif RAGGED:  # beyond the end of g, which is 0 there, x may be anything, NaN too
+            x = tl.where(inside[:, None], x, 0.0)
         bias += tl.sum(g.to(tl.float32), 0)
         total = tl.dot(tl.trans(x), g, total, input_precision=PRECISION)
+        if BOXED:  # the next one, counted, not divided
+            e2 += 1
+            wrap = (e2 == tl.cdiv(Y2, BOX2)).to(tl.int32)
+            e2 *= 1 - wrap
+            e1 += wrap
+            wrap = (e1 == tl.cdiv(Y1, BOX1)).to(tl.int32)
+            e1 *= 1 - wrap
+            e0 += wrap
+    n = n.to(tl.int64)
     share = n * splits + split
     at = ((share * taps + tap) * C + c)[:, None] * K + k[None, :]
     tl.store(dw_ptr + at, total, mask=((c < C) & (tap < taps))[:, None] & (k < K)[None, :])
     if t_block + c_block == 0:
         tl.store(db_ptr + share * K + k, bias, mask=k < K)
+
+
+@triton.jit
+def _offsets(tap, T1, T2, d0, d1, d2, b0, b1, b2):
+    """Where a tap lies, along each axis, from where its voxel does."""
+    return tap // (T1 * T2) * d0 - b0, tap // T2 % T1 * d1 - b1, tap % T2 * d2 - b2
 
 
 def conv_wgrad(
@@ -86,19 +116,28 @@ def conv_wgrad(
     g, x = layout.in_words(g), layout.in_words(x)
     (n, c), k = x.shape[:2], g.shape[1]
     inp, out, size, stride, before, dilation = walk(x, taps, geometry)
-    voxels, many = out[0] * out[1] * out[2], size[0] * size[1] * size[2]
-    product = configs.Product("conv_wgrad", tuple(x.shape), k, taps, geometry, g.dtype)
-    config = configs.wgrad(product, voxels, x.device, not p.is_identity)
+    many = math.prod(size)
+    product = plans.Product("conv_wgrad", tuple(x.shape), k, taps, geometry, g.dtype)
+    shape = (out[0], out[1], out[2])
+    readable = boxes.strides(x) is not None and boxes.strides(g) is not None
+    config = configs.wgrad(product, shape, x.device, not p.is_identity, readable)
+    read: tuple[Any, Any] = (x, g)
+    if config.box != NO_BOX:
+        read = (
+            tile.image_in_boxes(x, config.box, config.block_c),
+            tile.image_in_boxes(g, config.box, config.block_n),
+        )
     tables = {"dtype": torch.float32, "device": x.device}
     dw = torch.empty(n * config.splits, many, c, k, **tables)
     db = torch.empty(n * config.splits, k, **tables)
     s1, t1, act, slope, s2, t2 = p
     tile.launch(
         _conv_wgrad_kernel, x, config,
-        x, g, dw, db, s1, t1, slope, s2, t2, act.p, act.q,
-        c, k, voxels, *inp, *out[1:], *size[1:], *stride, *before, *dilation,
-        *voxel_steps(x), *voxel_steps(g), many, config.part, config.splits, config.c_blocks,
-        config.k_blocks, PRE=not p.is_identity, ACT=act.name, WIDE=tile.is_wide(x, g),
-        PRECISION=configs.precision(g.dtype),
+        *read, dw, db, s1, t1, slope, s2, t2, act.p, act.q,
+        c, k, math.prod(out), *inp, *out, *size[1:], *stride, *before, *dilation,
+        *voxel_steps(x), *voxel_steps(g), many, config.steps, config.part, config.splits,
+        config.c_blocks, config.k_blocks,
+        PRE=not p.is_identity, ACT=act.name, WIDE=tile.is_wide(x, g),
+        PRECISION=configs.precision(g.dtype), RAGGED=boxes.are_ragged(config.box, shape),
     )  # fmt: skip
     return dw.sum(0).permute(2, 1, 0).contiguous().reshape(k, c, *taps), db.sum(0)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cassetta.kernels import configs, layout, tile
+from cassetta.kernels import configs, layout, plans, tile
 from cassetta.kernels.conv_fprop import lifted
 from cassetta.kernels.types import Prologue
 
@@ -131,4 +131,4 @@ def _config(out: Tensor, elements: int) -> configs.Config:
     """By what is written. A thread reads 16 bytes at once, or else four elements."""
     n, c = out.shape[:2]
     last = out.stride(1) == 1
-    return configs.over_voxels(n, c, tile.voxels(out), last, False, configs.Plan(elements, 8))
+    return configs.over_voxels(n, c, tile.voxels(out), last, False, plans.Plan(elements, 8))

@@ -20,8 +20,8 @@ from cassetta.kernels.types import Fold, Moments, Prologue
 
 @triton.jit
 def _moments_kernel(
-    x_ptr, mean_ptr, m2_ptr, s1_ptr, t1_ptr, slope_ptr, s2_ptr, t2_ptr, r_ptr, z_ptr, p, q, C, V,
-    x_n, x_c, x_v, r_n, r_c, r_v, z_n, z_c, z_v, chunks, c_blocks, loops,
+    x_ptr, mean_ptr, m2_ptr, count_ptr, s1_ptr, t1_ptr, slope_ptr, s2_ptr, t2_ptr, r_ptr, z_ptr,
+    p, q, C, V, x_n, x_c, x_v, r_n, r_c, r_v, z_n, z_c, z_v, chunks, c_blocks, loops,
     ACT: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
     WORDS: tl.constexpr,
 ):  # fmt: skip
@@ -53,19 +53,21 @@ def _moments_kernel(
         m2 += delta * (value - mean)
         count += (v < V)[:, None].to(tl.float32)
         i += 1
-    total = tl.maximum(tl.sum(count, 0), 1.0)
+    voxels = tl.sum(tl.sum(count, 0), 0)
+    total = tl.maximum(voxels, 1.0)
     whole = tl.sum(mean * count, 0) / total
     apart = mean - whole[None, :]
     spread = tl.sum(m2 + count * apart * apart, 0)
     out = (n * chunks + chunk) * C + c
     tl.store(mean_ptr + out, whole, mask=c < C)
     tl.store(m2_ptr + out, spread, mask=c < C)
+    tl.store(count_ptr + chunk + c * 0, voxels, mask=(n == 0) & (c == 0))
 
 
 @triton.jit
 def _combine_kernel(
-    mean_ptr, m2_ptr, out_mean_ptr, out_m2_ptr, C, V, per_chunk, chunks, some, outs, c_blocks,
-    LAST: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+    mean_ptr, m2_ptr, count_ptr, out_mean_ptr, out_m2_ptr, out_count_ptr, C, chunks, some, outs,
+    c_blocks, LAST: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     out, n, c = tile.place(outs, c_blocks, BLOCK_C)
     mean = tl.zeros((BLOCK_C,), tl.float32)
@@ -79,9 +81,7 @@ def _combine_kernel(
         at = (n.to(tl.int64) * chunks + k)[:, None] * C + c[None, :]
         means = tl.load(mean_ptr + at, mask=inside, other=0.0)
         m2s = tl.load(m2_ptr + at, mask=inside, other=0.0)
-        first = k.to(tl.int64) * per_chunk
-        counts = tl.minimum(tl.maximum(V - first, 0), per_chunk).to(tl.float32)
-        counts = tl.where(k < end, counts, 0.0)[:, None]
+        counts = tl.load(count_ptr + k, mask=k < end, other=0.0)[:, None]
         here = tl.sum(counts)
         middle = tl.sum(means * counts, 0) / here
         apart = means - middle[None, :]
@@ -97,27 +97,32 @@ def _combine_kernel(
     at = (n * outs + out) * C + c
     tl.store(out_mean_ptr + at, mean, mask=c < C)
     tl.store(out_m2_ptr + at, m2, mask=c < C)
+    tl.store(out_count_ptr + out + c * 0, count, mask=(n == 0) & (c == 0))
 
 
-def combine(means: Tensor, m2s: Tensor, voxels: int, per_chunk: int) -> Moments:
+def combine(means: Tensor, m2s: Tensor, counts: Tensor) -> Moments:
     """The moments of images from means and squared deviations of their chunks (N, chunks, C).
 
-    Chunks are of `per_chunk` voxels, the last one of those that are left.
+    `counts` (chunks,) says of how many voxels each chunk is, in float32.
     """
     n, chunks, c = means.shape
     while True:
         config = configs.over_chunks(n, chunks, c)
-        out = [torch.empty(n, config.chunks, c, dtype=torch.float32, device=means.device)
-               for _ in range(2)]  # fmt: skip
+        *out, some = partial(n, config.chunks, c, means.device)
         tile.launch(
             _combine_kernel, means, config,
-            means, m2s, *out, c, voxels, per_chunk, chunks, config.loops * config.block_v,
+            means, m2s, counts, *out, some, c, chunks, config.loops * config.block_v,
             config.chunks, config.c_blocks, LAST=config.chunks == 1,
         )  # fmt: skip
         if config.chunks == 1:
             return Moments(out[0][:, 0], out[1][:, 0])
-        per_chunk *= config.loops * config.block_v
-        (means, m2s), chunks = out, config.chunks
+        (means, m2s), counts, chunks = out, some, config.chunks
+
+
+def partial(n: int, chunks: int, c: int, device: torch.device) -> list[Tensor]:
+    """Room for the means, squared deviations (n, chunks, c) and sizes (chunks,) of chunks."""
+    shapes = ((n, chunks, c), (n, chunks, c), (chunks,))
+    return [torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes]
 
 
 def moments(x: Tensor, p: Prologue) -> Moments:
@@ -139,17 +144,16 @@ def _moments(x: Tensor, p: Prologue, residual: Tensor | None, z: Tensor | None) 
     z, z_strides = (None, (0, 0, 0)) if z is None else tile.strided(z)
     n, c = x.shape[:2]
     config = configs.of(name, x, x_strides, reduce=True)
-    options = {"dtype": torch.float32, "device": x.device}
-    means, m2s = (torch.empty(n, config.chunks, c, **options) for _ in range(2))
+    parts = partial(n, config.chunks, c, x.device)
     images = [one for one in (x, residual, z) if one is not None]
     tile.launch(
         _moments_kernel, x, config,
-        x, means, m2s, p.s1, p.t1, p.slope, p.s2, p.t2, residual, z,
+        x, *parts, p.s1, p.t1, p.slope, p.s2, p.t2, residual, z,
         p.activation.p, p.activation.q, c, tile.voxels(x), *x_strides, *r_strides, *z_strides,
         config.chunks, config.c_blocks, config.loops,
         ACT=p.activation.name, WIDE=tile.is_wide(*images), WORDS=tile.in_words(*images),
     )  # fmt: skip
-    return combine(means, m2s, tile.voxels(x), config.loops * config.block_v)
+    return combine(*parts)
 
 
 @triton.jit

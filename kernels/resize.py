@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cassetta.kernels import configs, layout, reference, tile
+from cassetta.kernels import configs, layout, plans, reference, tile
 from cassetta.kernels.conv_fprop import lifted
 from cassetta.kernels.types import Grid, Prologue
 
@@ -211,6 +211,6 @@ def _config(out: Tensor, registers: int) -> configs.Config:
     spills, which the compiler, left alone, does."""
     n, c = out.shape[:2]
     last = out.stride(1) == 1
-    plan = configs.Plan() if last else configs.Plan(512, 4)  # positions of each element, not of 8
+    plan = plans.Plan() if last else plans.Plan(512, 4)  # positions of each element, not of 8
     config = configs.over_voxels(n, c, tile.voxels(out), last, False, plan)
     return config._replace(registers=registers)

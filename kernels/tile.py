@@ -12,8 +12,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cassetta.kernels import layout
+from cassetta.kernels import boxes, layout
+from cassetta.kernels.boxes import Box
 from cassetta.kernels.configs import Config, GemmConfig, PoolConfig, WgradConfig
 
 AnyConfig = Config | PoolConfig | GemmConfig | WgradConfig
@@ -30,6 +32,38 @@ def place(chunks, c_blocks, BLOCK_C: tl.constexpr):
     chunk = program % chunks
     rest = program // chunks
     return chunk, rest // c_blocks, (rest % c_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+
+
+@triton.jit
+def box_of(index, Y1, Y2, BOX0: tl.constexpr, BOX1: tl.constexpr, BOX2: tl.constexpr):
+    """Which box of those that cover an image it is, along each axis; BOX0 = 0: none."""
+    e0, e1, e2 = 0, 0, 0
+    if BOX0 > 0:
+        deep, across = tl.cdiv(Y1, BOX1), tl.cdiv(Y2, BOX2)
+        e0, e1, e2 = index // across // deep, index // across % deep, index % across
+    return e0, e1, e2
+
+
+@triton.jit
+def voxels_of(
+    index, e0, e1, e2, V, Y0, Y1, Y2,
+    BLOCK: tl.constexpr, BOX0: tl.constexpr, BOX1: tl.constexpr, BOX2: tl.constexpr,
+):  # fmt: skip
+    """The voxels (BLOCK,) of a tile of an image, where each is, and whether it is inside.
+
+    Those of a box e0, e1, e2; or, BOX0 = 0, that follow one another in memory.
+    """
+    v = tl.arange(0, BLOCK)
+    if BOX0 > 0:
+        y0, y1 = e0 * BOX0 + v // (BOX1 * BOX2), e1 * BOX1 + v // BOX2 % BOX1
+        y2 = e2 * BOX2 + v % BOX2
+        inside = (y0 < Y0) & (y1 < Y1) & (y2 < Y2)
+        v = (y0 * Y1 + y1) * Y2 + y2
+    else:
+        v += index * BLOCK
+        inside = v < V
+        y0, y1, y2 = v // Y2 // Y1, v // Y2 % Y1, v % Y2
+    return v, y0, y1, y2, inside
 
 
 @triton.jit
@@ -192,6 +226,23 @@ def strided(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         steps = layout.strides(x)
         assert steps is not None
     return x, steps
+
+
+def image_in_boxes(x: Tensor | None, box: Box, channels: int) -> TensorDescriptor | None:
+    """An image in words, as what copies boxes of so many channels takes it: (N, X0, X1, X2, C)."""
+    if x is None:
+        return None
+    n, c, *size = x.shape
+    shape = [n, *(1,) * (3 - len(size)), *size, c]
+    return TensorDescriptor(x, shape, list(boxes.strides(x) or ()), [1, *box, channels])
+
+
+def table_in_boxes(w: Tensor | None, rows: int, columns: int) -> TensorDescriptor | None:
+    """Weights (T, C, K) in words, likewise."""
+    if w is None:
+        return None
+    _, c, k = w.shape
+    return TensorDescriptor(w, list(w.shape), [c * k, k, 1], [1, rows, columns])
 
 
 def voxels(x: Tensor) -> int:

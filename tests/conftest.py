@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cassetta.kernels import configs, dispatch, evidence
+from cassetta.kernels import dispatch, evidence, plans
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -119,8 +119,8 @@ def engine(request):
 
 def large_tiles():
     """The interpreter takes its time per step, whatever its size, and no GPU has to hold it."""
-    large = configs.GemmPlan(1024, 128, 128), configs.WgradPlan(512, 128, 512)
-    return configs.use_plan(*(large if DEVICE == "cpu" else ()))
+    large = plans.GemmPlan(1024, 128, 128), plans.WgradPlan(512, 128, 512)
+    return plans.use_plan(*(large if DEVICE == "cpu" else ()))
 
 
 def _poisoned(make):

@@ -108,6 +108,42 @@ for built in found:
         assert found == ["True", "True", "0", "0"], name
 
 
+@pytest.mark.parametrize("channels", [21, 64])
+@pytest.mark.parametrize("arch", [90, 100])
+def test_boxes_are_copied_as_a_whole(arch, channels):
+    """Images, five axes of them, and weights go to tensor cores by copies of boxes (TMA) alone."""
+    out = run(f"""
+import re, torch, triton
+from cassetta.kernels import aot, conv_dgrad, conv_fprop, conv_wgrad, layout, plans
+from cassetta.kernels.types import NOTHING, Activation, Geometry
+c, found, compile_ = {channels}, [], triton.compile
+def spy(*args, **options):
+    found.append(compile_(*args, **options))
+    return found[-1]
+triton.compile = spy
+x = layout.empty((1, c, 32, 32, 32), torch.bfloat16, "meta")
+w = torch.empty(c, c, 3, 3, 3, dtype=x.dtype, device="meta")
+same = Geometry((1, 1, 1), ((2, 2),) * 3, (2, 2, 2))
+boxed = plans.GemmPlan(boxes=True), plans.WgradPlan(64, 64, 64, 3, True)
+with aot.recorded({arch}, "", []), plans.use_plan(*boxed):
+    conv_fprop.conv_fprop(x, NOTHING, w, None, same, moments_of=Activation("relu"))
+    conv_dgrad.conv_dgrad(x, w, same, (32, 32, 32))
+    conv_wgrad.conv_wgrad(x, x, NOTHING, (3, 3, 3), same)
+for built in found:
+    ptx, name = built.asm["ptx"], built.metadata.name
+    if "combine" in name:
+        continue
+    cores = any(re.search(aot._MMA[kind], ptx) for kind in {{90: ["wgmma"],
+        100: ["tcgen05", "mma"]}}[{arch}])
+    images, weights = (len(re.findall(rf"cp\\.async\\.bulk\\.tensor\\.{{n}}d", ptx)) for n in (5, 3))
+    loads = len(re.findall(r"ld\\.global|cp\\.async\\.c[ag]", ptx))
+    print(name, cores, images > 0, weights > 0, loads)
+""")
+    fprop, dgrad, wgrad = (line.split() for line in out.splitlines())
+    assert fprop == dgrad == ["_conv_kernel", "True", "True", "True", "0"]
+    assert wgrad == ["_conv_wgrad_kernel", "True", "True", "False", "0"]
+
+
 def test_a_fault_is_an_excess():
     out = run("""
 from cassetta.kernels.aot import Report

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from cassetta.kernels import configs, dispatch, layout, ops, reference, tile
+from cassetta.kernels import configs, dispatch, layout, ops, plans, reference, tile
 from cassetta.kernels.types import NOTHING, Activation, Geometry, Prologue
 
 from compare import assert_near, assert_registered
@@ -210,8 +210,8 @@ def test_weights_gather_what_programs_share(splits, kernels):
     """A sum over more voxels than one program visits, in order."""
     x, g = torch.randn(2, 8, 1500 * splits), torch.randn(2, 8, 1500 * splits)
     geometry = Geometry((1,), ((1, 1),), (1,))
-    product = configs.Product("conv_wgrad", tuple(x.shape), 8, (3,), geometry, x.dtype)
-    assert configs.wgrad(product, x.shape[2], x.device, False).splits >= splits
+    product = plans.Product("conv_wgrad", tuple(x.shape), 8, (3,), geometry, x.dtype)
+    assert configs.wgrad(product, (1, 1, x.shape[2]), x.device, False, True).splits >= splits
     dw, db = dispatch.passes(x.to(kernels)).conv_wgrad(
         g.to(kernels), x.to(kernels), NOTHING, (3,), geometry
     )
@@ -221,10 +221,10 @@ def test_weights_gather_what_programs_share(splits, kernels):
         torch.testing.assert_close(ours.double().cpu(), expected, rtol=0, atol=4e-6 * scale)
 
 
-@pytest.mark.parametrize("plan", [*configs.GEMM_PLANS, *configs.WGRAD_PLANS], ids=str)
+@pytest.mark.parametrize("plan", [*plans.GEMM_PLANS, *plans.WGRAD_PLANS], ids=str)
 def test_every_plan(plan, kernels):
     q = problem("meshnet 26", torch.float16, kernels)
-    with configs.use_plan(plan):
+    with plans.use_plan(plan):
         assert_as_good_as_torch(dispatch.passes(q["x"]), q)
 
 

@@ -10,7 +10,7 @@ import torch
 
 import cassetta
 from cassetta.backbones import MeshNet
-from cassetta.kernels import configs, dispatch, evidence, library, tile
+from cassetta.kernels import configs, dispatch, evidence, library, plans, tile
 from cassetta.layers import ConvBlock, blocks, fusing
 from cassetta.measure import agreement, tuning
 from cassetta.measure.timing import Timing
@@ -300,7 +300,7 @@ def test_nothing_of_the_network_changes_when_it_stops_midway(monkeypatch, open_c
         tune(net, image)
     assert torch.equal(torch.get_rng_state(), random)
     assert torch.is_grad_enabled()
-    assert (dispatch._forced, configs._asked, fusing._listener.log) == (None, None, None)
+    assert (dispatch._forced, plans._asked, fusing._listener.log) == (None, None, None)
     for one, other in zip(everything(net), before, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
@@ -322,10 +322,10 @@ def test_a_pass_without_a_right_plan_refuses_its_engine(monkeypatch, kernels):
     right = dispatch._triton_passes()
 
     def moments(x, p):
-        if configs._forced.get(configs.Plan) == configs.PLANS[0]:
+        if plans._forced.get(plans.Plan) == plans.PLANS[0]:
             raise RuntimeError("out of shared memory")
         mean, var = right.moments(x, p)
-        return (mean + 1, var) if configs.Plan in configs._forced else (mean, var)
+        return (mean + 1, var) if plans.Plan in plans._forced else (mean, var)
 
     wrong = SimpleNamespace(**{**vars(right), "moments": moments})
     monkeypatch.setattr(dispatch, "_triton_passes", lambda: wrong)
@@ -340,7 +340,7 @@ def test_plans_of_passes_are_measured_and_used(monkeypatch, kernels):
     monkeypatch.setattr(dispatch, "SMALL", 0)
     monkeypatch.setattr(dispatch, "_why_no_kernel", lambda x: None)
     monkeypatch.setattr(dispatch, "_requested", None)
-    fast = configs.PLANS[1]
+    fast = plans.PLANS[1]
     times(monkeypatch, **{str(fast): 0.1}, library=0.1)
     block = ConvBlock(2, 4, 4, norm="instance", order="cndax").to(kernels)
     image = torch.randn(1, 4, 6, 5, device=kernels)
@@ -348,7 +348,7 @@ def test_plans_of_passes_are_measured_and_used(monkeypatch, kernels):
     assert {"moments", "materialize", "prologue_sums", "prologue_dgrad"} <= set(found)
     for name in ("moments", "materialize", "prologue_sums", "prologue_dgrad"):
         assert found[name].choice == str(fast)
-        assert configs._plan(configs.Pass(name, image, False), image.device) == fast
+        assert plans.chosen(plans.Pass(name, image, False), image.device) == fast
     used = []
     over = configs.over_voxels
     monkeypatch.setattr(configs, "over_voxels", lambda *a: used.append(a[-1]) or over(*a))
@@ -361,7 +361,7 @@ def test_plans_of_our_own_convolutions_are_measured_and_used(monkeypatch, kernel
     monkeypatch.setattr(dispatch, "SMALL", 0)
     monkeypatch.setattr(dispatch, "_why_no_kernel", lambda x: None)
     monkeypatch.setattr(dispatch, "_requested", None)
-    product = configs.Product(
+    product = plans.Product(
         "conv_wgrad", (1,), 1, (1,), ConvBlock(1, 1, 1).conv.geometry, torch.float32
     )
     fast = {

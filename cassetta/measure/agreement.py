@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from cassetta.kernels import dispatch, layout
-from cassetta.kernels.configs import Product
+from cassetta.kernels.plans import Product
 from cassetta.kernels.types import NOTHING, Activation, Fold, Geometry, Prologue
 
 SLACK = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3.2e-2}

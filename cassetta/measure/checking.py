@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cassetta.backbones import ATrousNet, MeshNet, UNet
 from cassetta.explanation import explain
-from cassetta.kernels import activations, configs, dispatch, reference
+from cassetta.kernels import activations, configs, dispatch, plans, reference
 from cassetta.kernels.types import Activation, Geometry
 from cassetta.layers import ConvBlock, ConvGroup
 from cassetta.layers.blocks import ENGINES
@@ -46,7 +46,7 @@ def check(device: torch.device) -> Iterator[Checked]:
         yield from _check_passes(name, dtype, shape, last, device)
     for (kind, sizes), dtype in itertools.product(CONVOLUTIONS.items(), dtypes):
         for pass_ in ("conv_fprop", "conv_dgrad", "conv_wgrad"):
-            product = configs.Product(pass_, *sizes, dtype)
+            product = plans.Product(pass_, *sizes, dtype)
             work = agreement.ProductWork.drawn(product, device)
             yield Checked(pass_, f"{kind}: {product.key}", _wrong_pass(work, pass_))
     nets = {**_blocks(), **_networks()}

@@ -4,7 +4,7 @@ For every block that a network meets, on the very image, in the very precision a
 
 1. Each engine is compared with plain PyTorch, output and gradients (`agreement`); one that
    disagrees is refused, and the table says so.
-2. Each pass of the fused block is timed by every plan that is right (`configs.PLANS`).
+2. Each pass of the fused block is timed by every plan that is right (`plans.PLANS`).
 3. The engines that are left, plain PyTorch among them, are timed in turns, forward and backward;
    the fastest median is chosen.
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from cassetta import functional
 from cassetta.explanation import watch
-from cassetta.kernels import configs, dispatch, evidence, reference
+from cassetta.kernels import dispatch, evidence, plans, reference
 from cassetta.kernels.evidence import Record
 from cassetta.kernels.types import Activation
 from cassetta.layers import fusing
@@ -195,7 +195,7 @@ def _tune_passes(
 ) -> Iterator[Found]:
     """The plan of each pass that the block asks for, run by this engine."""
     table = evidence.table(images[0].device)
-    with configs.listening() as asked:
+    with plans.listening() as asked:
         agreement.step(net, images, training, engine)
     for key, one in asked.items():
         if again or table.find(key) is None:
@@ -226,10 +226,10 @@ def _fastest(runs: dict[str, Callable], refused: dict[str, str], device: torch.d
     return Record(min(ms, key=lambda name: ms[name]), ms, refused)
 
 
-def _fastest_plan(what: configs.Pass | configs.Product, device: torch.device) -> Record:
+def _fastest_plan(what: plans.Pass | plans.Product, device: torch.device) -> Record:
     """The fastest plan of a pass among those that compute what the reference computes."""
     name = what.name
-    if isinstance(what, configs.Product):
+    if isinstance(what, plans.Product):
         work = agreement.ProductWork.drawn(what, device)
     else:
         drawn = [one for (one,) in _images((what.image,), device, 3)]
@@ -237,8 +237,8 @@ def _fastest_plan(what: configs.Pass | configs.Product, device: torch.device) ->
     same = work.step(reference, name)
     truth = work.to(agreement.higher(work.x)).step(reference, name)
     refused, runs = {}, {}
-    for plan in what.plans:
-        with configs.use_plan(plan):
+    for plan in plans.candidates(what, device):
+        with plans.use_plan(plan):
             ours = agreement.attempt(lambda: work.step(dispatch.passes(work.x), name))
         why = ours if isinstance(ours, str) else agreement.judge(ours, same, truth)
         if why is None:
@@ -252,7 +252,7 @@ def _fastest_plan(what: configs.Pass | configs.Product, device: torch.device) ->
 
 def _planned(plan: Any, name: str, work: Any) -> Callable[[int], Any]:
     def run(k: int) -> None:
-        with configs.use_plan(plan):
+        with plans.use_plan(plan):
             work.step(dispatch.passes(work.x), name)
 
     return run

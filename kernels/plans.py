@@ -1,0 +1,179 @@
+"""What may be tuned of a launch: the plans of each pass, and which of them is taken.
+
+A plan is what the tuner chooses among; the launch follows from it and from the shape (`configs`).
+The first plan of a pass is taken where nothing was measured.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cassetta.kernels import boxes, evidence
+from cassetta.kernels.types import Geometry
+
+
+class Plan(NamedTuple):
+    """What may be tuned of the launch of a pass over an image."""
+
+    tile: int = 2048  # elements
+    warps: int = 8
+
+    def __str__(self) -> str:
+        return f"{self.tile} elements, {self.warps} warps"
+
+
+class GemmPlan(NamedTuple):
+    """What may be tuned of the launch of a convolution, or of the gradient of its image."""
+
+    block_m: int = 128  # voxels of a tile
+    block_n: int = 128  # channels of a tile, at most
+    block_k: int = 64  # channels that are multiplied in a step, at most
+    stages: int = 3
+    boxes: bool = False  # whether a tile is a box, where the image can be read so
+
+    def __str__(self) -> str:
+        size = f"{self.block_m} x {self.block_n} x {self.block_k}"
+        return f"{size}, {self.stages} stages{', boxes' * self.boxes}"
+
+
+class WgradPlan(NamedTuple):
+    """What may be tuned of the launch of the gradient of weights."""
+
+    rows: int = 64  # taps x channels of a tile
+    block_n: int = 64  # channels of a tile, at most
+    block_v: int = 32  # voxels that are multiplied in a step
+    stages: int = 3
+    boxes: bool = False
+
+    def __str__(self) -> str:
+        size = f"{self.rows} x {self.block_n} x {self.block_v}"
+        return f"{size}, {self.stages} stages{', boxes' * self.boxes}"
+
+
+PLANS = (Plan(), Plan(1024, 4), Plan(1024, 8), Plan(4096, 16))
+"""The first by rule, all to be tried by the tuner. 8 elements for a thread, a 16-byte access in 16
+bits, or 4; 16 made the compiler for sm_100 spill."""
+
+GEMM_PLANS = (
+    GemmPlan(), GemmPlan(128, 64, 64), GemmPlan(128, 128, 32, 4), GemmPlan(64, 64, 64, 4),
+    GemmPlan(64, 128, 64), GemmPlan(boxes=True), GemmPlan(128, 64, 64, 4, True),
+    GemmPlan(128, 128, 64, 4, True),
+)  # fmt: skip
+WGRAD_PLANS = (
+    WgradPlan(), WgradPlan(128, 64, 32), WgradPlan(64, 128, 32), WgradPlan(64, 64, 64),
+    WgradPlan(64, 64, 64, 3, True), WgradPlan(64, 128, 64, 3, True),
+)  # fmt: skip
+_GEMM_PLANS_32 = (
+    GemmPlan(64, 64, 32), GemmPlan(64, 64, 16), GemmPlan(64, 32, 32), GemmPlan(64, 64, 32, 3, True),
+)  # fmt: skip
+_WGRAD_PLANS_32 = (WgradPlan(64, 64, 32), WgradPlan(64, 32, 32), WgradPlan(64, 64, 32, 3, True))
+"""Of float32, whose operands are twice as large."""
+
+
+class Pass(NamedTuple):
+    """A pass over an image, as it is named in the table of what was measured."""
+
+    name: str
+    image: Tensor
+    last: bool  # whether channels come last
+    plans: tuple[Plan, ...] = PLANS
+
+    @property
+    def key(self) -> str:
+        """In words."""
+        shape, dtype = "x".join(map(str, self.image.shape)), str(self.image.dtype)[6:]
+        return f"{self.name} {shape} {'last' if self.last else 'first'} {dtype}"
+
+    def without_data(self) -> "Pass":
+        """The same, of an image that holds no memory."""
+        x = self.image
+        return self._replace(
+            image=torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        )
+
+
+class Product(NamedTuple):
+    """A pass of a convolution, as it is named in the table of what was measured."""
+
+    name: str  # "conv_fprop", "conv_dgrad" or "conv_wgrad"
+    shape: tuple[int, ...]  # of the image that the convolution reads
+    channels: int  # of what it returns
+    taps: tuple[int, ...]
+    geometry: Geometry
+    dtype: torch.dtype
+
+    @property
+    def key(self) -> str:
+        """In words."""
+        shape, dtype = "x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch.")
+        stride, padding, dilation, _ = self.geometry
+        how = f"k{self.taps} s{stride} p{padding} d{dilation}"
+        return f"{self.name} {shape} to {self.channels}, {how}, {dtype}"
+
+    @property
+    def plans(self) -> tuple[GemmPlan, ...] | tuple[WgradPlan, ...]:
+        """The plans that may run it, the first by rule."""
+        if self.dtype.itemsize == 2:
+            return WGRAD_PLANS if self.name == "conv_wgrad" else GEMM_PLANS
+        return _WGRAD_PLANS_32 if self.name == "conv_wgrad" else _GEMM_PLANS_32
+
+    @property
+    def reads_boxes(self) -> bool:
+        """Whether the voxels that it reads for a tap of a box are a box: not where it strides."""
+        scatters = self.name == "conv_dgrad" and self.geometry.stride == self.taps
+        return scatters or max(self.geometry.stride) == 1
+
+    def without_data(self) -> "Product":
+        """Itself."""
+        return self
+
+
+_forced: dict[type, Any] = {}
+_asked: dict[str, Pass | Product] | None = None
+
+
+def chosen(what: Pass | Product, device: torch.device) -> Any:
+    """The plan that was the fastest by measurement; the first where none was measured."""
+    found = what.plans
+    forced = _forced.get(type(found[0]))
+    if forced is not None or device.type == "meta":
+        return forced or found[0]
+    if _asked is not None:
+        _asked[what.key] = what.without_data()
+    table = evidence.table(device)
+    record = table.find(what.key) if table.records else None
+    by_name = {str(plan): plan for plan in found} if record else {}
+    return by_name.get(record.choice, found[0]) if record else found[0]
+
+
+def candidates(what: Pass | Product, device: torch.device) -> list[Any]:
+    """The plans that the tuner tries there, each another launch."""
+    if isinstance(what, Pass):
+        return list(what.plans)
+    boxed = what.reads_boxes and boxes.are_copied(device)
+    return [plan for plan in what.plans if boxed or not plan.boxes]
+
+
+@contextmanager
+def use_plan(*plans: Any) -> Iterator[None]:
+    """Every launch by these plans, each for those of its kind."""
+    global _forced
+    before, _forced = _forced, {**_forced, **{type(plan): plan for plan in plans}}
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@contextmanager
+def listening() -> Iterator[dict[str, Pass | Product]]:
+    """What is planned in this block of code, by key."""
+    global _asked
+    before, _asked = _asked, {}
+    try:
+        yield _asked
+    finally:
+        _asked = before
