@@ -34,6 +34,7 @@ from cassetta.kernels import (
     plans,
     pointwise,
     pool,
+    precision,
     reductions,
     resize,
     tile,
@@ -126,7 +127,7 @@ def _check_convolutions(arch: int, dtype: torch.dtype, n: int) -> Iterator[Repor
         channels = _CHANNELS[(m + 2 * n) % len(_CHANNELS)]
         reports: list[Report] = []
         case = f"{str(dtype).removeprefix('torch.')} {channels} channels, {pair[0]}, {pair[1]}"
-        exact = _precision("ieee" if m % 2 else "tf32")
+        exact = precision.use("ieee" if m % 2 else "tf32")
         with recorded(arch, case, reports), plans.use_plan(*pair), exact:
             name = activations.NAMES[(n * 5 + m) % len(activations.NAMES)]
             _run_convolutions(dtype, channels, name, full=(n + m) % 2 == 0)
@@ -135,17 +136,6 @@ def _check_convolutions(arch: int, dtype: torch.dtype, n: int) -> Iterator[Repor
 
 _CHANNELS = (5, 21, 32, 64, 128)
 _SAME = Geometry((1,), ((0, 0),), (1,))
-
-
-@contextmanager
-def _precision(name: str) -> Iterator[None]:
-    """How float32 is multiplied."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = name == "tf32"
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 def _pairs() -> list[tuple[torch.dtype, str, str]]:

@@ -1,14 +1,16 @@
 """How large a tile is and how many voxels a program visits: by the shape, and what was measured."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cassetta.kernels import boxes, plans
+from cassetta.kernels import boxes, plans, precision
 from cassetta.kernels.boxes import NO_BOX, Box
 from cassetta.kernels.plans import Pass, Plan, Product
+from cassetta.kernels.types import Geometry
 
 REGISTERS = 255
 """Of a thread of a convolution, at most. Said so, or the compiler keeps to fewer, and spills."""
@@ -137,7 +139,7 @@ def gemm(
     plan = plans.chosen(product, device)
     block_n = max(16, min(_power(k), plan.block_n))
     block_k = max(16, min(_power(c), plan.block_k))
-    exact = precision(product.dtype) == "ieee"
+    exact = precision.of(product.dtype) == "ieee"
     if heavy or exact:
         block_n, block_k = min(block_n, 64), min(block_k, 16 if exact else 32)
     warps = _warps(16 if exact or heavy else 64, plan.block_m * max(block_n, block_k))
@@ -167,7 +169,7 @@ def wgrad(
     block_n = max(16, min(_power(product.channels), plan.block_n))
     block_c = max(16, min(_power(c), plan.rows))
     block_t = 1 if boxed else min(_power(taps), max(1, plan.rows // block_c))
-    exact = precision(product.dtype) == "ieee"
+    exact = precision.of(product.dtype) == "ieee"
     block_v = min(plan.block_v, 16) if exact else plan.block_v
     warps = _warps(16 if exact or heavy else 32, block_t * block_c * max(block_n, block_v))
     t_blocks, c_blocks = -(-taps // block_t), -(-c // block_c)
@@ -196,6 +198,19 @@ def _warps(most: int, tile: int) -> int:
     return 4 if tile <= 4 * 32 * most else 8
 
 
+def why_no_product(geometry: Geometry, taps: Sequence[int]) -> str | None:
+    """Why our own convolutions do not cover one of this geometry, as a sentence."""
+    stride, padding, dilation, groups = geometry
+    if groups != 1:
+        return f"our own convolutions have no groups, and this one has {groups}"
+    if max(stride) > 1 and not geometry.tiles(taps):
+        return (
+            f"our own convolutions have a stride of 1, or of their size without padding; this one "
+            f"of size {tuple(taps)} has stride {stride}, padding {padding} and dilation {dilation}"
+        )
+    return None
+
+
 def over_voxels(n: int, c: int, v: int, last: bool, reduce: bool, plan: Plan) -> Config:
     """The launch of an elementwise pass, or of the first stage of a reduction."""
     block_c = min(_power(c), 64) if last else 1
@@ -219,12 +234,6 @@ def over_chunks(n: int, chunks: int, c: int) -> Config:
     loops = max(1, min(-(-chunks // block_v), REDUCED // 2))
     outs = -(-chunks // (loops * block_v))
     return Config(block_v, block_c, loops, outs, c_blocks, n * c_blocks * outs, 4)
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How products of this dtype are rounded: as torch lets cuDNN do it."""
-    exact = dtype is torch.float32 and not torch.backends.cudnn.allow_tf32
-    return "ieee" if exact else "tf32"  # which says nothing of half precision
 
 
 def over_pools(pools: int, members: int) -> PoolConfig:

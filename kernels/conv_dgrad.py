@@ -11,7 +11,7 @@ the voxels that `reference.prologue_sums` states; they are taken here, from dz w
 
 from torch import Tensor
 
-from cassetta.kernels import layout
+from cassetta.kernels import configs, layout
 from cassetta.kernels.conv_fprop import Walk, run, walk
 from cassetta.kernels.plans import Product
 from cassetta.kernels.types import NOTHING, Geometry, Prologue
@@ -21,17 +21,19 @@ def conv_dgrad(
     g: Tensor, w: Tensor, geometry: Geometry, size: tuple[int, ...], x: Tensor | None = None,
     p: Prologue = NOTHING, centre: Tensor | None = None, after: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    taps = tuple(w.shape[2:])
+    _refuse_other(geometry, taps)
     dz = layout.empty((g.shape[0], w.shape[1], *size), g.dtype, g.device)
-    if _is_scattered(geometry, w):
+    if max(geometry.stride) > 1:  # by the size of the taps
         covered = tuple(n * s for n, s in zip(g.shape[2:], geometry.stride, strict=True))
         if covered != tuple(size):  # what a stride leaves over at the end
             dz.zero_()
-        steps = walk(dz, tuple(w.shape[2:]), geometry)
+        steps = walk(dz, taps, geometry)
         table, scatter = w.flatten(2).permute(2, 0, 1), True
         steps = steps._replace(inp=steps.out)
     else:
         table, scatter = w.flatten(2).flip(2).permute(2, 0, 1), False
-        steps = _mirrored(walk(dz, tuple(w.shape[2:]), geometry))
+        steps = _mirrored(walk(dz, taps, geometry))
     p = NOTHING if x is None else p  # which is of x, and no epilogue
     sums, _ = run(
         _product(dz, g, w, geometry), layout.in_words(g), NOTHING, layout.packed(table), None, dz,
@@ -44,6 +46,8 @@ def conv_transposed(
     x: Tensor, p: Prologue, w: Tensor, b: Tensor | None, geometry: Geometry,
     epilogue: Prologue = NOTHING, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
+    if not geometry.tiles(tuple(w.shape[2:])):
+        raise ValueError(f"geometry={geometry}: a transposed convolution strides by its size")
     size = tuple(n * s for n, s in zip(x.shape[2:], geometry.stride, strict=True))
     y = layout.empty((x.shape[0], w.shape[1], *size), w.dtype, x.device)
     steps, table = walk(y, tuple(w.shape[2:]), geometry), w.flatten(2).permute(2, 0, 1)
@@ -60,8 +64,10 @@ def _product(fine: Tensor, coarse: Tensor, w: Tensor, geometry: Geometry) -> Pro
     )  # fmt: skip
 
 
-def _is_scattered(geometry: Geometry, w: Tensor) -> bool:
-    return geometry.stride == tuple(w.shape[2:]) and max(geometry.stride) > 1
+def _refuse_other(geometry: Geometry, taps: tuple[int, ...]) -> None:
+    """Whoever chooses has asked before; nothing is computed that would be wrong."""
+    if (why := configs.why_no_product(geometry, taps)) is not None:
+        raise ValueError(why)
 
 
 def _mirrored(steps: Walk) -> Walk:

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cassetta.kernels import boxes, configs, layout, reductions, tile
+from cassetta.kernels import boxes, configs, layout, precision, reductions, tile
 from cassetta.kernels.boxes import NO_BOX
 from cassetta.kernels.configs import GemmConfig
 from cassetta.kernels.plans import Product
@@ -275,6 +275,7 @@ def run(
     if image is not None:
         image, r_strides = tile.strided(image)
     images = [one for one in (x, x2, y, image) if one is not None]
+    b = None if b is None else b.contiguous()
     s1, t1, act, slope, s2, t2 = p
     e1, f1, e_act, e_slope, e2, f2 = epilogue
     m_act = moments_of or Activation()
@@ -294,7 +295,7 @@ def run(
         SCATTER=scatter, AFTER=after, GUARD=c % layout.WORD != 0,
         GUARD2=x2 is not None and x2.shape[1] % layout.WORD != 0,
         R_WORDS=image is not None and layout.is_in_words(image),
-        WIDE=tile.is_wide(*images), PRECISION=configs.precision(w.dtype),
+        WIDE=tile.is_wide(*images), PRECISION=precision.of(w.dtype),
     )  # fmt: skip
     if sums is not None:
         return sums.sum(2), sums.new_empty(0)

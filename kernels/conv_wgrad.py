@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cassetta.kernels import boxes, configs, layout, plans, tile
+from cassetta.kernels import boxes, configs, layout, plans, precision, tile
 from cassetta.kernels.boxes import NO_BOX
 from cassetta.kernels.conv_fprop import voxel_steps, walk
 from cassetta.kernels.types import Geometry, Prologue
@@ -138,6 +138,6 @@ def conv_wgrad(
         *voxel_steps(x), *voxel_steps(g), many, config.steps, config.part, config.splits,
         config.c_blocks, config.k_blocks,
         PRE=not p.is_identity, ACT=act.name, WIDE=tile.is_wide(x, g),
-        PRECISION=configs.precision(g.dtype), RAGGED=boxes.are_ragged(config.box, shape),
+        PRECISION=precision.of(g.dtype), RAGGED=boxes.are_ragged(config.box, shape),
     )  # fmt: skip
     return dw.sum(0).permute(2, 1, 0).contiguous().reshape(k, c, *taps), db.sum(0)

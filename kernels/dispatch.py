@@ -13,7 +13,7 @@ import functools
 import importlib
 import math
 import os
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -115,7 +115,9 @@ def use_engine(name: str) -> Iterator[None]:
         _forced = before
 
 
-def choose(x: Tensor, why: str | None, key: Callable[[], str], engines: Container[str]) -> Choice:
+def choose(
+    x: Tensor, why: str | None, key: Callable[[], str], engines: Mapping[str, str | None]
+) -> Choice:
     """Who runs a block on the image x.
 
     Parameters
@@ -124,15 +126,15 @@ def choose(x: Tensor, why: str | None, key: Callable[[], str], engines: Containe
         Why no kernel covers the block, if none does.
     key : callable
         Names the block and the image, for the table of what was measured.
-    engines : container of str
-        Those that there are.
+    engines : dict
+        Why each engine that there is has no kernel for the block, or None if it has.
     """
     found = _without_measurement(x, why)
-    if found is not None and found.engine not in engines:
-        found = Choice("library", "", f"{found.engine!r} was asked for, and cannot run this block")
+    if found is not None and (lack := engines.get(found.engine, "there is no such engine")):
+        found = Choice("library", "", f"{found.engine!r} was asked for, but {lack}")
     if found is None and not torch.compiler.is_compiling():
         record = evidence.table(x.device).find(key())
-        if record is not None and record.choice in engines:
+        if record is not None and engines.get(record.choice, "") is None:
             reason = "measured to be the fastest" if record.choice == "reference" else ""
             found = Choice(record.choice, reason, record.evidence, True)
     return found or _by_rule(x)
@@ -208,8 +210,8 @@ def _why_not_plain(x: Tensor) -> str | None:
 def _why_not_for(x: Tensor, asked: str) -> str | None:
     if x.dtype not in configs.dtypes():
         return f"the image is in {str(x.dtype).removeprefix('torch.')}"
-    if math.prod(x.shape[2:]) >= configs.VOXELS:
-        return f"a channel of {tuple(x.shape)} has more voxels than 31 bits count"
+    if (why := why_too_large(x.shape[2:])) is not None:
+        return why
     device = x.device.type
     if device == "cpu" and is_interpreted():
         return None if asked == "triton" or _forced else "the image is on the CPU"
@@ -220,6 +222,13 @@ def _why_not_for(x: Tensor, asked: str) -> str | None:
     major, minor = torch.cuda.get_device_capability(x.device)
     if major < 8:
         return f"this GPU has compute capability {major}.{minor}, and 8.0 is needed"
+    return None
+
+
+def why_too_large(size: Sequence[int]) -> str | None:
+    """Why no kernel reads or writes an image of this size, as a sentence."""
+    if math.prod(size) >= configs.VOXELS:
+        return f"a channel of size {tuple(size)} has more voxels than 31 bits count"
     return None
 
 

@@ -20,8 +20,21 @@ def padded(channels: int) -> int:
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """An uninitialized image (N, C, *X), channels last in whole words."""
-    n, c, *size = shape
-    return torch.empty(n, *size, padded(c), dtype=dtype, device=device)[..., :c].movedim(-1, 1)
+    strides = _last(shape, padded(shape[1]))
+    if shape[1] % WORD == 0:
+        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    # no view of anything, so that users may change what a block returns in place
+    room = torch.empty(shape[0] * strides[0], dtype=dtype, device=device)
+    return room.new_empty(0).set_(room.untyped_storage(), 0, shape, strides)
+
+
+def _last(shape: tuple[int, ...], channels: int) -> tuple[int, ...]:
+    """Strides of an image (N, C, *X) whose voxels are so many channels apart."""
+    strides, step = [], channels
+    for n in reversed(shape[2:]):
+        strides.append(step)
+        step *= max(n, 1)
+    return step, 1, *reversed(strides)
 
 
 def like(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -55,7 +68,8 @@ def _dense(x: Tensor, channels: int, size: tuple[int, ...], dtype: torch.dtype) 
     """An uninitialized image as large as said, channels last if x is."""
     n, c = x.shape[:2]
     if c > 1 and x.stride(1) == 1:
-        return torch.empty(n, *size, channels, dtype=dtype, device=x.device).movedim(-1, 1)
+        shape = (n, channels, *size)
+        return torch.empty_strided(shape, _last(shape, channels), dtype=dtype, device=x.device)
     return torch.empty(n, channels, *size, dtype=dtype, device=x.device)
 
 

@@ -19,6 +19,11 @@ class Geometry(NamedTuple):
         axes = zip(size, taps, *self[:3], strict=True)
         return tuple((n + sum(pad) - d * (t - 1) - 1) // s + 1 for n, t, s, pad, d in axes)
 
+    def tiles(self, taps: Sequence[int]) -> bool:
+        """Whether each voxel is read by one tap, once: strides are sizes, and nothing is padded."""
+        axes = zip(taps, *self[:3], strict=True)
+        return all(s == t and not any(pad) and (d == 1 or t == 1) for t, s, pad, d in axes)
+
 
 class Activation(NamedTuple):
     """A function of one number, by the name it has in `activations`, with up to two constants."""

@@ -97,14 +97,14 @@ def _same_start(monkeypatch, tmp_path_factory):
 def kernels(monkeypatch):
     """The device on which kernels run in this test: a GPU, or the CPU, interpreted.
 
-    What `torch.empty` returns holds NaN, so that an element that nobody writes is seen.
+    What `torch.empty` and the like return holds NaN, so that an element that nobody writes is seen.
     """
     if not HAS_TRITON:
         pytest.skip("triton is not installed")
     if DEVICE == "cpu":
         monkeypatch.setenv(dispatch.INTERPRET, "1")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    for name in ("empty", "empty_like"):
+    for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
     with dispatch.use_backend("triton"):
         yield torch.device(DEVICE)

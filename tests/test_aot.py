@@ -134,7 +134,8 @@ for built in found:
     if "combine" in name:
         continue
     cores = next(kind for kind in ("wgmma", "tcgen05", "mma") if re.search(aot._MMA[kind], ptx))
-    images, weights = (len(re.findall(rf"cp\\.async\\.bulk\\.tensor\\.{{n}}d", ptx)) for n in (5, 3))
+    boxes = re.findall(r"cp\\.async\\.bulk\\.tensor\\.(.)d", ptx)
+    images, weights = boxes.count("5"), boxes.count("3")
     loads = len(re.findall(r"ld\\.global|cp\\.async\\.c[ag]", ptx))
     print(name, cores, images > 0, weights > 0, loads)
 """)

@@ -6,7 +6,7 @@ carries no hook. Any other module meets tensors, as always.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from cassetta.functional import Deferred, Pool, defer, materialize
-from cassetta.kernels import dispatch
+from cassetta.kernels import configs, dispatch
 from cassetta.kernels.dispatch import Choice
 from cassetta.kernels.types import Activation, Moments, Prologue
 from cassetta.layers.conv import Conv
@@ -76,7 +76,7 @@ class Ran(NamedTuple):
     choice: Choice
     images: tuple[Tensor, ...]  # that it read side by side, without data
     key: str  # of the block on this image
-    engines: tuple[str, ...]  # that can run it
+    engines: Mapping[str, str | None]  # why each has no kernel for it; None if it has
 
 
 @contextmanager
@@ -102,7 +102,7 @@ def choose(
         Modules by letter: n norm, c conv, d dropout, a activation, x attention; in their order.
     """
     why = _why_plain(block, layers, x)
-    able = tuple(name for name in engines if why_not(name, layers["c"]) is None)
+    able = {name: _why_not(name, layers["c"]) for name in engines}
     what = lambda: ", ".join(words(layers))  # noqa: E731
     if why is None and process_group(layers.get("n")) is not None:
         choice = Choice("library", "", "torch's own SyncBatchNorm is for GPUs only")
@@ -111,8 +111,9 @@ def choose(
 
 
 def choose_for(
-    module: nn.Module, x: Deferred, what: Callable[[], str], why: str | None, able: tuple[str, ...]
-) -> Choice:
+    module: nn.Module, x: Deferred, what: Callable[[], str], why: str | None,
+    able: Mapping[str, str | None],
+) -> Choice:  # fmt: skip
     """Who of those that are able runs a module on x; nobody, if there is a reason why.
 
     `what` it does, is called if the table of what was measured is looked into, or somebody listens.
@@ -122,8 +123,9 @@ def choose_for(
 
 
 def _told(
-    module: nn.Module, choice: Choice, x: Deferred, what: Callable[[], str], able: tuple[str, ...]
-) -> Choice:
+    module: nn.Module, choice: Choice, x: Deferred, what: Callable[[], str],
+    able: Mapping[str, str | None],
+) -> Choice:  # fmt: skip
     """The choice, of which whoever listens is told."""
     if _listener.log is not None:
         images = tuple(
@@ -139,8 +141,8 @@ def words(layers: dict[str, nn.Module | None]) -> list[str]:
     words = []
     for letter, layer in layers.items():
         if isinstance(layer, Conv):
-            size, dilation, bias = layer.kernel_size, layer.dilation, layer.bias is not None
-            words.append(f"conv {layer.out_channels} k{size} d{dilation}{' bias' * bias}")
+            bias = " bias" * (layer.bias is not None)
+            words.append(f"conv {layer.out_channels} k{layer.kernel_size}{_walk(layer)}{bias}")
         elif letter == "n" and type(layer) in _NORM:
             pool = _pool(layer)
             words.append("fixed norm" if pool is None else f"{pool.kind} norm {pool.groups}")
@@ -149,6 +151,15 @@ def words(layers: dict[str, nn.Module | None]) -> list[str]:
         elif layer is not None:
             words.append(type(layer).__name__)
     return words
+
+
+def _walk(conv: Conv) -> str:
+    """How a convolution walks, as far as it is not as in most blocks."""
+    stride, padding, dilation, groups = conv.geometry
+    words = f" d{dilation}"
+    words += f" s{stride}" if max(stride) > 1 else ""
+    words += "" if conv.padding == "same" else f" p{padding}"
+    return words + (f" g{groups}" if groups > 1 else "")
 
 
 def key(what: str, x: Deferred) -> str:
@@ -165,10 +176,10 @@ def key(what: str, x: Deferred) -> str:
     return f"{'x'.join(map(str, (n, channels, *size)))} {kind}, {what}, {use}"
 
 
-def why_not(engine: str, conv: nn.Module | None) -> str | None:
+def _why_not(engine: str, conv: nn.Module | None) -> str | None:
     """Why this engine has no kernel for a convolution that the fused block has, as a sentence."""
-    if engine == "gemm" and isinstance(conv, Conv) and conv.groups != 1:
-        return f"our own convolutions have no groups, and this one has {conv.groups}"
+    if engine == "gemm" and isinstance(conv, Conv):
+        return configs.why_no_product(conv.geometry, conv.kernel_size)
     return None
 
 
@@ -183,6 +194,11 @@ def _why_plain(block: nn.Module, layers: dict[str, nn.Module | None], x: Deferre
         return f"its convolution is a {type(conv).__name__}"
     if conv.padding_mode != "zeros":
         return f"padding_mode={conv.padding_mode!r}"
+    size = conv.geometry.size_of(x.shape[2:], conv.kernel_size)
+    if any(n < 1 for n in size):
+        return "nothing is left of the image"
+    if (why := dispatch.why_too_large(size)) is not None:
+        return why
     if norm is not None and (why := _why_no_norm(norm, x.image)):
         return why
     if activation is not None and activation_of(activation) is None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from cassetta import functional
 from cassetta.core import check
 from cassetta.functional import Deferred, defer, materialize
+from cassetta.kernels import dispatch
 from cassetta.kernels.types import Geometry
 from cassetta.layers import fusing
 from cassetta.layers.interpol import Resize
@@ -44,9 +45,13 @@ class Level(nn.Module):
         """`forward` of what x stands for, which need not be computed on the way."""
         self._check(x.image)
         convolves = self._changes_channels or hasattr(self, "conv")
-        able = ("reference", "library", "gemm") if convolves else ("reference", "library")
+        lack = None if convolves else "there is nothing to convolve"
+        able = {"reference": None, "library": None, "gemm": lack}
         what = lambda: f"{type(self).__name__} {self.factor} to {self.out_channels}"  # noqa: E731
         why = "the batch is empty" if x.shape[0] == 0 else fusing.why_hooked(self.children())
+        if not self.is_down:
+            size = [n * f for n, f in zip(x.shape[2:], self.factor, strict=True)]
+            why = why or dispatch.why_too_large(size)
         choice = fusing.choose_for(self, x, what, why or self._why_plain(), able)
         if choice.engine == "reference":
             return Deferred(self._plain(x.z()))

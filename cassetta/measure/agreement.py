@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from cassetta.kernels import dispatch, layout
+from cassetta.kernels import dispatch, layout, precision
 from cassetta.kernels.plans import Product
 from cassetta.kernels.types import NOTHING, Activation, Fold, Geometry, Prologue
 
@@ -305,10 +305,5 @@ def _kind(one: Tensor) -> str:
 @contextlib.contextmanager
 def _exactly(device: str) -> Iterator[None]:
     """Without autocast and without shortened products."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.autocast(device, enabled=False):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    with precision.use("ieee"), torch.autocast(device, enabled=False):
+        yield

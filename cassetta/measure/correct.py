@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from cassetta.kernels import precision
 from cassetta.measure import agreement
 from cassetta.measure.agreement import Step
 
@@ -54,13 +55,9 @@ def truth(
     plain: nn.Module, parameters: Sequence[Tensor], image: Tensor, seed: Tensor | None
 ) -> list[Tensor]:
     """`results` of plain PyTorch in float32, without TF32."""
-    allowed = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        image = image.detach().float().requires_grad_(image.requires_grad)
+    image = image.detach().float().requires_grad_(image.requires_grad)
+    with precision.use("ieee"):
         return results(plain, parameters, image, seed, torch.float32)
-    finally:
-        torch.backends.cudnn.allow_tf32 = allowed
 
 
 def agrees(ours: Sequence[Tensor], known: Expected) -> str | None:

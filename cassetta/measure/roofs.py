@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from cassetta.costs import Row, summary
+from cassetta.kernels import precision
 from cassetta.measure.timing import interleaved
 
 _TOUCHED = {"inference": 2, "forward+backward": 5, "step": 5}  # images that a block moves
@@ -44,13 +45,9 @@ def roofs(device: torch.device, dtype: torch.dtype) -> Roofs:
     source = [torch.randn(n, device=device) for _ in range(3)]
     target = torch.empty_like(source[0])
     a, b = (torch.randn(edge, edge, device=device).to(dtype) for _ in range(2))
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
-    try:
-        runs = {"copy": lambda k: target.copy_(source[k % 3]), "product": lambda k: a @ b}
+    runs = {"copy": lambda k: target.copy_(source[k % 3]), "product": lambda k: a @ b}
+    with precision.use(precision.of_convolutions()):
         found = interleaved(runs, device)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
     seconds = {name: timing.p20 / 1000 for name, timing in found.items()}
     return Roofs(2 * target.nbytes / seconds["copy"], 2 * edge**3 / seconds["product"])
 

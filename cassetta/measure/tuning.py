@@ -154,9 +154,7 @@ def _tune_block(ran: fusing.Ran, device: torch.device, training: bool, again: bo
         images = _images(ran.images, device)
         refused: dict[str, str] = {}
         for name in ENGINES:
-            why = None
-            if name not in ran.engines:
-                why = fusing.why_not(name, getattr(ran.block, "conv", None)) or "it has no kernel"
+            why = ran.engines.get(name, "it has no kernel")
             if name != "reference" and why is None:
                 why = agreement.disagreement(net, images[0], training, name)
             try:
