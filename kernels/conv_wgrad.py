@@ -140,4 +140,5 @@ def conv_wgrad(
         PRE=not p.is_identity, ACT=act.name, WIDE=tile.is_wide(x, g),
         PRECISION=precision.of(g.dtype), RAGGED=boxes.are_ragged(config.box, shape),
     )  # fmt: skip
-    return dw.sum(0).permute(2, 1, 0).contiguous().reshape(k, c, *taps), db.sum(0)
+    dw = dw.sum(0).permute(2, 1, 0).clone(memory_format=torch.contiguous_format)
+    return dw.reshape(k, c, *taps), db.sum(0)

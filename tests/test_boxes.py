@@ -6,9 +6,10 @@ import pytest
 import torch
 from test_convolutions import CASES, assert_as_good_as_torch, problem
 
-from cassetta.kernels import boxes, configs, dispatch, layout, plans, reference, tile
+from cassetta.kernels import boxes, configs, dispatch, layout, plans, reference
 from cassetta.kernels.types import NOTHING, Geometry
 
+tile = pytest.importorskip("cassetta.kernels.tile")
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 PLANS = plans.GemmPlan(256, 64, 64, 3, True), plans.WgradPlan(64, 64, 256, 3, True)
 UNIT = Geometry((1,), ((1, 1),), (1,))

@@ -4,10 +4,12 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from cassetta.kernels import configs, dispatch, layout, ops, plans, reference, tile
+from cassetta.kernels import configs, dispatch, layout, ops, plans, reference
 from cassetta.kernels.types import NOTHING, Activation, Geometry, Prologue
 
 from compare import assert_near, assert_registered
+
+tile = pytest.importorskip("cassetta.kernels.tile")  # where there is no triton
 
 # numpy says when exp overflows, which leads to the right limits
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -195,6 +197,24 @@ def test_an_empty_batch(kernels):
         assert_near(ours.pop(name), torch.zeros_like(q["w" if name == "dw" else "b"]))
     for name, value in ours.items():
         assert value.shape[value.ndim == 3 and "sums" in name] == 0, name
+
+
+@pytest.mark.parametrize("boxed", [False, True])
+def test_moments_are_of_what_is_stored(boxed, kernels):
+    """In half precision, near 700, values are rounded to halves: their variance is another."""
+    x, w = torch.randn(2, 8, 300), torch.randn(16, 8, 1) / 6
+    x, w, b = (t.to(kernels, torch.float16) for t in (x, w, torch.full((16,), 700.0)))
+    unit = Geometry((1,), ((0, 0),), (1,))
+    with plans.use_plan(plans.GemmPlan(128, 64, 64, 3, boxed)):
+        y, mean, var = dispatch.passes(x).conv_fprop(
+            x, NOTHING, w, b, unit, moments_of=Activation()
+        )
+    stored = y.double()
+    exact = torch.nn.functional.conv1d(x.double(), w.double(), b.double()).var(2, correction=0)
+    truth = stored.var(2, correction=0)
+    assert (exact / truth - 1).abs().mean() > 0.01  # so that the test can tell
+    torch.testing.assert_close(mean.double(), stored.mean(2), rtol=1e-6, atol=0)
+    torch.testing.assert_close(var.double(), truth, rtol=1e-3, atol=0)
 
 
 def test_the_same_input_gives_the_same_bits(kernels):

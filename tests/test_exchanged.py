@@ -2,6 +2,7 @@
 each engine equals torch, or leaves it to one that does and says why."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 import cassetta
 from cassetta.backbones import UNet
 from cassetta.functional import defer
-from cassetta.kernels import configs, conv_dgrad, dispatch, evidence
+from cassetta.kernels import configs, dispatch, evidence
 from cassetta.kernels.types import NOTHING, Geometry
 from cassetta.layers import BatchNorm, Conv, ConvBlock, ConvGroup, DownConv, UpConv, fusing
 
@@ -99,6 +100,7 @@ def test_what_was_measured_is_not_taken_where_it_cannot_run(kernels, monkeypatch
 
 @pytest.mark.parametrize("name", STRIDED)
 def test_kernels_refuse_what_they_would_compute_wrongly(name, kernels):
+    conv_dgrad = importlib.import_module("cassetta.kernels.conv_dgrad")
     conv = Conv(2, 4, 4, **STRIDED[name])
     geometry, taps, x = conv.geometry, conv.kernel_size, torch.randn(1, 4, 9, 8)
     assert configs.why_no_product(geometry, taps)
@@ -110,6 +112,7 @@ def test_kernels_refuse_what_they_would_compute_wrongly(name, kernels):
 
 
 def test_a_padded_tap_is_no_transposed_convolution(kernels):
+    conv_dgrad = importlib.import_module("cassetta.kernels.conv_dgrad")
     geometry = Geometry((1,), ((5, 0),), (1,))
     with pytest.raises(ValueError, match="strides by its size"):
         conv_dgrad.conv_transposed(
@@ -166,6 +169,14 @@ def test_what_a_module_returns_may_be_changed_in_place(name, channels, last, eng
     with dispatch.use_engine(engine):
         found = step(net, inp)
     assert_close(found, truth)
+
+
+@pytest.mark.parametrize("engine", ["library", "gemm"])
+def test_a_result_that_backward_needs_is_not_changed_unseen(engine, kernels):
+    """An activation that is told by its result keeps that: torch says so, as of its own ReLU."""
+    block = ConvBlock(2, 4, 4, activation="LeakyReLU").to(kernels)
+    with dispatch.use_engine(engine), pytest.raises(RuntimeError, match="in-?place"):
+        block(torch.randn(1, 4, 5, 5, device=kernels)).add_(1).sum().backward()
 
 
 def test_a_result_that_is_too_large_stays_with_torch():

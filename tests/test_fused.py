@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import importlib
 import itertools
 
 import pytest
@@ -97,6 +98,9 @@ NETS = {
     "recurrent": lambda: (
         ConvGroup(2, 4, nb_conv=3, recurrent=True, norm="batch", skip=2, residual=True),
         (2, 6, 7, 7),
+    ),
+    "pre-activation": lambda: (  # whose sums leave with the product in training, too
+        ConvGroup(2, 6, nb_conv=3, residual=True, norm="batch", order="nac"), (2, 6, 7, 5),
     ),
     "even kernel": lambda: (
         ConvGroup(2, 4, nb_conv=2, norm="batch", kernel_size=2, dilation=3), (2, 4, 7, 7),
@@ -209,6 +213,23 @@ def test_our_convolutions_take_the_sums_along():
             out = net[0].defer(hidden).z() + materialize(hidden)
             out.sum().backward()
     assert counted.count("cassetta.prologue_sums") == 2  # another reader, who takes none along
+
+
+@pytest.mark.parametrize("order", ["cnda", "cand", "cdna"])
+def test_in_inference_a_block_is_one_kernel(order, kernels, monkeypatch):
+    """Beside it, the algebra of its norm on (N, C); all launches are counted."""
+    net = ConvGroup(2, 6, nb_conv=3, norm="batch", dropout=0.2, order=order).to(kernels).eval()
+    tile = importlib.import_module("cassetta.kernels.tile")
+    launched, launch = [], tile.launch
+
+    def spy(kernel, *args, **constants):
+        launched.append(kernel.__name__)
+        launch(kernel, *args, **constants)
+
+    monkeypatch.setattr(tile, "launch", spy)
+    with torch.inference_mode(), dispatch.use_engine("gemm"):
+        net(torch.randn(2, 6, 5, 5, device=kernels))
+    assert launched == ["_norm_finalize_kernel", "_conv_kernel"] * 3
 
 
 @pytest.mark.parametrize("train", [True, False])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cassetta.backbones import ATrousNet, MeshNet, UNet
-from cassetta.functional import Deferred, defer, join, materialize
+from cassetta.functional import Deferred, defer, fit, fit_at_once, join, materialize
 from cassetta.functional.norm import Pool
 from cassetta.kernels import dispatch, layout, reference
 from cassetta.kernels.types import NOTHING, Activation, Prologue
@@ -89,6 +89,32 @@ def test_a_decoder_copies_no_skip_connection(mode, engine):
     copies = 0 if engine == "gemm" else 1
     assert counted.count("cassetta.concatenate") == copies
     assert counted.count("aten.cat") == 0
+
+
+@pytest.mark.parametrize("mode", ["conv", "interpolate"])
+@pytest.mark.parametrize("skip", [True, "+"])
+def test_odd_sizes_are_met_in_one_copy(mode, skip, engine):
+    """Of the upsampled image, however many of its axes are odd; nothing is concatenated."""
+    net = UNet(3, 4, nb_levels=2, skip=skip, unpool_mode=mode, norm="batch").double()
+    inp = torch.randn(1, 4, 7, 9, 5, dtype=torch.float64)
+    expected = net(inp)
+    with dispatch.fused_on_reference(), dispatch.use_engine(engine), Counted() as counted:
+        out = net(inp)
+    assert_near(out.contiguous(), expected)
+    assert counted.count("aten.cat") == 0
+    assert counted.count("aten.copy_") == 1 + 3  # and three slabs
+
+
+@pytest.mark.parametrize("size", [(6, 5, 7), (4, 4, 4), (6, 4, 3), (4, 5, 6)])
+def test_what_is_fitted_at_once_is_what_is_fitted(size):
+    """Repeated and cropped, in values and gradients."""
+    x = torch.randn(2, 3, 5, 4, 6, dtype=torch.float64, requires_grad=True)
+    for one in (x, x.movedim(1, -1).contiguous().movedim(-1, 1)):
+        found, expected = fit_at_once(one, size), fit(one, size)
+        assert_near(found.contiguous(), expected.contiguous(), 0)
+        g = torch.randn_like(expected)
+        ours, theirs = (torch.autograd.grad(out, x, g)[0] for out in (found, expected))
+        assert_near(ours.contiguous(), theirs.contiguous(), 1e-14)
 
 
 @pytest.mark.parametrize("pool_mode", ["pool", "conv", "interpolate"])

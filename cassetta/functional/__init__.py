@@ -20,6 +20,7 @@ from cassetta.functional.norm import Norm as Norm, Pool as Pool
 from cassetta.functional.pool import max_pool as max_pool
 from cassetta.functional.resize import (
     fit as fit,
+    fit_at_once as fit_at_once,
     is_linear as is_linear,
     linear_grid as linear_grid,
     nth as nth,

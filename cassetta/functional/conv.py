@@ -141,16 +141,29 @@ class _Convolution(Function):
         x, x2, w, b, *kept = ctx.saved_tensors
         needs = ctx.needs_input_grad
         p, p2 = together(kept[:5], ctx.inner), together(kept[5:], ctx.inner2)
-        if not needs[2] and x2 is None:  # only its shape and layout matter
-            p = NOTHING
-        z = _operand(x, x2, p, p2, ctx.dtype)
-        to = (needs[0] or needs[1], needs[2], needs[3])
-        dz, dw, db = library.conv_backward(g, z, w, b, ctx.geometry, to)
-        dx = dx2 = None
-        if dz is not None:
+        if x2 is None or ctx.geometry.groups != 1:
+            dz, dw, db = _gradients(ctx, g, x, x2, p, p2, w, b, (needs[0] or needs[1], *needs[2:4]))
+            if x2 is None or dz is None:
+                return dz, None, dw, db, *[None] * ctx.nb_others
             c = x.shape[1]
-            dx, dx2 = (dz, None) if x2 is None else (dz[:, :c], dz[:, c:])
+            return dz[:, :c], dz[:, c:], dw, db, *[None] * ctx.nb_others
+        # one image after the other, so that no operand or gradient is ever as large as both
+        w1, w2 = w[:, : x.shape[1]], w[:, x.shape[1] :]
+        dx, dw, db = _gradients(ctx, g, x, None, p, p, w1, b, (needs[0], *needs[2:4]))
+        dx2, dw2, _ = _gradients(ctx, g, x2, None, p2, p2, w2, None, (*needs[1:3], False))
+        dw = None if dw is None or dw2 is None else torch.cat([dw, dw2], 1)
         return dx, dx2, dw, db, *[None] * ctx.nb_others
+
+
+def _gradients(
+    ctx: Any, g: Tensor, x: Tensor, x2: Tensor | None, p: Prologue, p2: Prologue, w: Tensor,
+    b: Tensor | None, needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Those of z, w and b that are needed."""
+    if not needs[1] and x2 is None:  # only its shape and layout matter
+        p = NOTHING
+    z = _operand(x, x2, p, p2, ctx.dtype)
+    return library.conv_backward(g, z, w, b, ctx.geometry, needs)
 
 
 class _Activate(Function):

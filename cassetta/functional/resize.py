@@ -25,7 +25,7 @@ from torch.autograd import Function
 
 from cassetta.functional.deferred import Deferred
 from cassetta.functional.nodes import first_order
-from cassetta.kernels import ops, reference
+from cassetta.kernels import layout, ops, reference
 from cassetta.kernels.types import Grid, flat, unflat
 
 
@@ -144,3 +144,51 @@ def fit(inp: Tensor, size: Sequence[int]) -> Tensor:
             last = inp.narrow(axis, have - 1, 1)
             inp = torch.cat([inp, *[last] * (want - have)], axis)
     return inp
+
+
+def fit_at_once(inp: Tensor, size: Sequence[int]) -> Tensor:
+    """`fit` in one copy, and another for its first derivative, however many axes are odd."""
+    if tuple(inp.shape[2:]) == tuple(size):
+        return inp
+    return _Fit.apply(inp, tuple(size))  # type: ignore[return-value]
+
+
+class _Fit(Function):
+    """`fit`, laid out as x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: tuple[int, ...]) -> Tensor:
+        ctx.size = tuple(x.shape[2:])
+        out = layout.sized(x, size, x.dtype)
+        common = tuple(map(min, size, ctx.size))
+        _first(out, common).copy_(_first(x, common))
+        for axis, (have, want) in enumerate(zip(common, size, strict=True), start=2):
+            for beyond in range(have, want):
+                out.select(axis, beyond).copy_(out.select(axis, have - 1))
+        return out
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, g: Tensor) -> tuple:
+        return _folded(g, ctx.size), None
+
+
+def _folded(g: Tensor, size: tuple[int, ...]) -> Tensor:
+    """The adjoint of `fit`: what lies beyond the end of an axis is added to its last voxel."""
+    common = tuple(map(min, size, g.shape[2:]))
+    out = layout.sized(g, size, g.dtype)
+    if common != size:  # what was cropped
+        out.zero_()
+    _first(out, common).copy_(_first(g, common))
+    for axis, have in enumerate(size):  # the first axis along which a voxel lies beyond
+        if g.shape[axis + 2] > have:
+            inside = common[:axis]
+            beyond = _first(g, inside).narrow(axis + 2, have, g.shape[axis + 2] - have)
+            slab = _folded(beyond.sum(axis + 2, keepdim=True), (*inside, 1, *size[axis + 1 :]))
+            _first(out, inside).narrow(axis + 2, have - 1, 1).add_(slab)
+    return out
+
+
+def _first(x: Tensor, size: Sequence[int]) -> Tensor:
+    """The first voxels of each axis, so many."""
+    return x[(slice(None), slice(None), *map(slice, size))]

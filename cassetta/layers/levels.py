@@ -168,7 +168,12 @@ class UpGroup(Chain):
             self.fitted_shape(x.shape, skips)
         if skips and isinstance(up, UpPool):
             options["out_size"] = skips[0].shape[2:]
-        out = defer(up(x.z(), **options) if options else fusing.run(up, x))
+        if options:
+            out = defer(up(x.z(), **options))
+        elif skips and isinstance(up, Level) and fusing.defers(up):
+            out = up.defer(x, skips[0].shape[2:])
+        else:
+            out = defer(fusing.run(up, x))
         if skips:
             if not isinstance(up, Level):
                 self._check_skips(skips, out.shape, (2,) * (len(out.shape) - 2))

@@ -1,5 +1,6 @@
 """What all ways down and up a level share: how one is run, and what its parts are when it is."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,8 +42,11 @@ class Level(nn.Module):
         """(B, inp_channels, *size) -> (B, out_channels, *(size // factor, or size * factor))"""
         return materialize(self.defer(defer(inp)))
 
-    def defer(self, x: Deferred) -> Any:
-        """`forward` of what x stands for, which need not be computed on the way."""
+    def defer(self, x: Deferred, size: Sequence[int] | None = None) -> Any:
+        """`forward` of what x stands for, which need not be computed on the way.
+
+        Perhaps cropped to a size, or with the last voxels repeated.
+        """
         self._check(x.image)
         convolves = self._changes_channels or hasattr(self, "conv")
         lack = None if convolves else "there is nothing to convolve"
@@ -50,12 +54,14 @@ class Level(nn.Module):
         what = lambda: f"{type(self).__name__} {self.factor} to {self.out_channels}"  # noqa: E731
         why = "the batch is empty" if x.shape[0] == 0 else fusing.why_hooked(self.children())
         if not self.is_down:
-            size = [n * f for n, f in zip(x.shape[2:], self.factor, strict=True)]
-            why = why or dispatch.why_too_large(size)
+            larger = [n * f for n, f in zip(x.shape[2:], self.factor, strict=True)]
+            why = why or dispatch.why_too_large(larger)
         choice = fusing.choose_for(self, x, what, why or self._why_plain(), able)
-        if choice.engine == "reference":
-            return Deferred(self._plain(x.z()))
-        return self._fused(x, choice.engine)
+        is_plain = choice.engine == "reference"
+        out = Deferred(self._plain(x.z())) if is_plain else self._fused(x, choice.engine)
+        if size is None or out.shape[2:] == size:
+            return out
+        return Deferred((functional.fit if is_plain else functional.fit_at_once)(out.z(), size))
 
     def _plain(self, inp: Tensor) -> Tensor:
         """What torch makes of an image."""
