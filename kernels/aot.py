@@ -130,7 +130,7 @@ def _check_convolutions(arch: int, dtype: torch.dtype, n: int) -> Iterator[Repor
         exact = precision.use("ieee" if m % 2 else "tf32")
         with recorded(arch, case, reports), plans.use_plan(*pair), exact:
             name = activations.NAMES[(n * 5 + m) % len(activations.NAMES)]
-            _run_convolutions(dtype, channels, name, full=(n + m) % 2 == 0)
+            _run_convolutions(dtype, channels, name, full=(n + m) % 2 == 0, wide=m % 3 == 2)
         yield from reports
 
 
@@ -205,16 +205,22 @@ def _run_interpolation(x: Tensor, name: str, full: bool) -> None:
     resize.resize_dgrad(resize.resize(x, p, size, grid), old, grid)
 
 
-def _run_convolutions(dtype: torch.dtype, c: int, name: str, full: bool) -> None:
-    """Of one tap and of 27, halving and doubling; with all that may be fused, and without."""
+def _run_convolutions(
+    dtype: torch.dtype, c: int, name: str, full: bool, wide: bool = False
+) -> None:
+    """Of one tap and of 27, halving and doubling; with all that may be fused, and without.
+
+    If `wide`, of images whose samples have more than 2^31 elements.
+    """
 
     def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=kind, device="meta")
 
-    x = layout.empty((1, c, 32, 32, 32), dtype, "meta")
+    size = (1024, 1024, 544) if wide else (32, 32, 32)
+    x = layout.empty((1, c, *size), dtype, "meta")
     one, p = _pending(x, name, True)
     of = None if p.slope is not None else p.activation
-    half = layout.empty((1, c, 16, 16, 16), dtype, "meta")
+    half = layout.empty((1, c, *(n // 2 for n in size)), dtype, "meta")
     epilogue, residual, bias = (p, x, empty(c)) if full else (NOTHING, None, None)
     for taps in ((1, 1, 1), (3, 3, 3)):
         same = Geometry((1, 1, 1), tuple((t // 2, t // 2) for t in taps), (1, 1, 1))
@@ -223,12 +229,12 @@ def _run_convolutions(dtype: torch.dtype, c: int, name: str, full: bool) -> None
         conv_fprop.conv_fprop(x, pending, both[0], bias, same, both[1], epilogue, residual, None)
         conv_fprop.conv_fprop(x, pending, empty(c, c, *taps), bias, same, moments_of=of)
         asked = (x, p, one, full) if full else ()
-        conv_dgrad.conv_dgrad(x, empty(c, c, *taps), same, (32, 32, 32), *asked)
+        conv_dgrad.conv_dgrad(x, empty(c, c, *taps), same, size, *asked)
         conv_wgrad.conv_wgrad(x, x, pending, taps, same)
     two = Geometry((2, 2, 2), ((0, 0),) * 3, (1, 1, 1))
     w = empty(c, c, 2, 2, 2)
     conv_fprop.conv_fprop(x, p if full else NOTHING, w, bias, two)
-    conv_dgrad.conv_dgrad(half, w, two, (32, 32, 32), *asked)
+    conv_dgrad.conv_dgrad(half, w, two, size, *asked)
     conv_wgrad.conv_wgrad(half, x, p if full else NOTHING, (2, 2, 2), two)
     conv_dgrad.conv_transposed(half, p if full else NOTHING, w, bias, two, epilogue, residual)
 
