@@ -27,8 +27,9 @@ bench: $(VENV)/.bench
 # both stop after BUDGET seconds, as does the second half of `bench`, and go on where they stopped when
 # they are run again.
 BUDGET ?= 400
-GPU_TESTS = tests/test_gpu.py tests/test_golden.py tests/test_convolutions.py tests/test_passes.py \
-	tests/test_pool.py tests/test_resize.py tests/test_joined.py tests/test_fused.py
+GPU_TESTS = tests/test_gpu.py tests/test_golden.py tests/test_convolutions.py tests/test_boxes.py \
+	tests/test_passes.py tests/test_pool.py tests/test_resize.py tests/test_joined.py \
+	tests/test_exchanged.py tests/test_fused.py
 
 test-gpu:
 	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest $(GPU_TESTS) --budget $(BUDGET) --resume -o filterwarnings=default
