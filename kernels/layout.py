@@ -20,11 +20,14 @@ def padded(channels: int) -> int:
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """An uninitialized image (N, C, *X), channels last in whole words."""
-    strides = _last(shape, padded(shape[1]))
-    if shape[1] % WORD == 0:
+    n, c, *size = shape
+    strides = _last(shape, padded(c))
+    if c % WORD == 0:
         return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    if torch.compiler.is_compiling():  # dynamo knows no `set_`
+        return torch.empty(n, *size, padded(c), dtype=dtype, device=device)[..., :c].movedim(-1, 1)
     # no view of anything, so that users may change what a block returns in place
-    room = torch.empty(shape[0] * strides[0], dtype=dtype, device=device)
+    room = torch.empty(n * strides[0], dtype=dtype, device=device)
     return room.new_empty(0).set_(room.untyped_storage(), 0, shape, strides)
 
 

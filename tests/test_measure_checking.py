@@ -6,8 +6,10 @@ import pytest
 import torch
 from conftest import large_tiles
 
+from cassetta.backbones import MeshNet
 from cassetta.cli import main
 from cassetta.kernels import activations, configs, dispatch
+from cassetta.layers import ConvBlock
 from cassetta.measure import agreement, checking
 
 
@@ -19,9 +21,15 @@ def few(monkeypatch, kernels):
     _, *how = checking.CONVOLUTIONS["even"]
     some = {"even": ((1, 8, 9, 7), *how)}
     monkeypatch.setattr(checking, "CONVOLUTIONS", some)
-    for part, name in (("_blocks", "block, instance norm"), ("_networks", "MeshNet")):
-        whole = getattr(checking, part)()
-        monkeypatch.setattr(checking, part, lambda name=name, whole=whole: {name: whole[name]})
+    options = {"activation": "SiLU", "dropout": 0.2}
+    nets = {
+        "_blocks": ("block, instance norm", ConvBlock(2, 6, 6, norm="instance", **options)),
+        "_networks": ("MeshNet", MeshNet(2, 6, nb_layers=2, **options)),
+    }
+    for part, (name, net) in nets.items():
+        assert name in getattr(checking, part)()
+        one = {name: (net, (2, 6, 17, 16))}  # in 2-D, which takes the interpreter less long
+        monkeypatch.setattr(checking, part, lambda one=one: one)
     with large_tiles():
         yield kernels
 
