@@ -68,6 +68,22 @@ def test_a_block_of_two_images_is_that_of_their_concatenation(kernel_size, train
         assert_near(one.contiguous(), other.contiguous())
 
 
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_of_two_images_one_may_need_no_gradient(wanted, engine):
+    """Nothing is computed for the other, nor for weights that are frozen."""
+    block = ConvBlock(2, 7, 4, bias=False).double().requires_grad_(False)
+    images = [torch.randn(2, c, 6, 5, dtype=torch.float64) for c in (3, 4)]
+    images[wanted].requires_grad_()
+    expected = torch.autograd.grad(block(torch.cat(images, 1)).sum(), images[wanted])[0]
+    with dispatch.fused_on_reference(), Counted() as counted:
+        out = materialize(block.defer(join(*map(defer, images))))
+        found = torch.autograd.grad(out.sum(), images[wanted])[0]
+    assert_near(found.contiguous(), expected.contiguous())
+    backward = "convolution_backward" if engine == "library" else "cassetta.conv_dgrad"
+    assert counted.count(backward) == 1
+    assert counted.count("cassetta.conv_wgrad") == 0
+
+
 def test_what_differs_in_kind_is_concatenated_by_torch():
     x, y = torch.randn(1, 2, 4, dtype=torch.float64), torch.randn(1, 3, 4)
     assert join(defer(x), defer(y)).parts is None

@@ -160,6 +160,8 @@ def _gradients(
     b: Tensor | None, needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Those of z, w and b that are needed."""
+    if not any(needs):
+        return None, None, None
     if not needs[1] and x2 is None:  # only its shape and layout matter
         p = NOTHING
     z = _operand(x, x2, p, p2, ctx.dtype)
