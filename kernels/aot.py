@@ -122,12 +122,13 @@ def _check_convolutions(arch: int, dtype: torch.dtype, n: int) -> Iterator[Repor
             for name in ("conv_fprop", "conv_wgrad")
         )
     )
-    for m in range(max(len(gemm), len(_CHANNELS))):
+    half = dtype.itemsize == 2
+    for m in range(max(len(gemm), len(_CHANNELS)) if half else 2 * len(gemm)):
         pair = gemm[m % len(gemm)], wgrad[m % len(wgrad)]
         channels = _CHANNELS[(m + 2 * n) % len(_CHANNELS)]
         reports: list[Report] = []
         case = f"{str(dtype).removeprefix('torch.')} {channels} channels, {pair[0]}, {pair[1]}"
-        exact = precision.use("ieee" if m % 2 else "tf32")
+        exact = precision.use("ieee" if m // len(gemm) % 2 else "tf32")
         with recorded(arch, case, reports), plans.use_plan(*pair), exact:
             name = activations.NAMES[(n * 5 + m) % len(activations.NAMES)]
             _run_convolutions(dtype, channels, name, full=(n + m) % 2 == 0, wide=m % 3 == 2)

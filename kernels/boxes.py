@@ -17,6 +17,8 @@ from cassetta.kernels import layout
 
 Box = tuple[int, int, int]
 NO_BOX: Box = (0, 0, 0)
+LONGEST = 256
+"""Voxels along a side of a box that is copied at once."""
 
 
 def are_copied(device: torch.device) -> bool:
@@ -24,13 +26,13 @@ def are_copied(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-@functools.cache
+@functools.lru_cache(4096)
 def fitting(voxels: int, size: tuple[int, int, int]) -> Box:
     """The box of `voxels`, a power of two, of which the fewest cover an image of this size.
 
     Of several, the one nearest to a cube, whose surroundings are the smallest.
     """
-    sides = [1 << power for power in range(min(voxels, 256).bit_length())]
+    sides = [1 << power for power in range(min(voxels, LONGEST).bit_length())]
     found = [box for box in itertools.product(sides, repeat=3) if math.prod(box) == voxels]
     return min(found, key=lambda box: (covering(box, size), sum(box), box))
 

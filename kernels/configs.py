@@ -1,7 +1,7 @@
 """How large a tile is and how many voxels a program visits: by the shape, and what was measured."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -110,7 +110,8 @@ class WgradConfig(NamedTuple):
 
 
 VOXELS = 2**31 - 2**16
-"""A channel has fewer: kernels count them in 31 bits, and a tile may end outside the image."""
+"""A channel has fewer: kernels count them in 31 bits, and a tile may end outside the image. (A box
+may end farther outside; what lies there is masked, whatever its number.)"""
 
 REDUCED = 64
 """Tiles that a program of a reduction visits at most. The partial results that it leaves are then
@@ -127,11 +128,11 @@ def of(name: str, x: Tensor, strides: tuple[int, int, int], reduce: bool) -> Con
 
 def gemm(
     product: Product, samples: int, size: tuple[int, int, int], device: torch.device, heavy: bool,
-    readable: bool,
+    readable: Callable[[], bool],
 ) -> GemmConfig:  # fmt: skip
     """The launch of a product whose rows are the voxels of so many images of this size.
 
-    `heavy` if much is fused with it; `readable` if what it reads can be read in boxes.
+    `heavy` if much is fused with it; `readable` tells whether its operands can be read in boxes.
     """
     k, c = product.channels, product.shape[1]
     if product.name == "conv_dgrad":
@@ -155,8 +156,9 @@ def gemm(
 
 
 def wgrad(
-    product: Product, size: tuple[int, int, int], device: torch.device, heavy: bool, readable: bool
-) -> WgradConfig:
+    product: Product, size: tuple[int, int, int], device: torch.device, heavy: bool,
+    readable: Callable[[], bool],
+) -> WgradConfig:  # fmt: skip
     """The launch of a product over the voxels of images of this size, as `gemm`.
 
     As many splits as fill a large GPU, of 512 voxels at least, so that adding their shares is
@@ -185,8 +187,10 @@ def wgrad(
     )  # fmt: skip
 
 
-def _is_boxed(plan: Any, product: Product, device: torch.device, readable: bool) -> bool:
-    return plan.boxes and readable and product.reads_boxes and boxes.are_copied(device)
+def _is_boxed(
+    plan: Any, product: Product, device: torch.device, readable: Callable[[], bool]
+) -> bool:
+    return plan.boxes and product.reads_boxes and boxes.are_copied(device) and readable()
 
 
 def _named(box: Box) -> dict[str, int]:

@@ -47,7 +47,10 @@ def conv_transposed(
     epilogue: Prologue = NOTHING, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     if not geometry.tiles(tuple(w.shape[2:])):
-        raise ValueError(f"geometry={geometry}: a transposed convolution strides by its size")
+        raise ValueError(
+            f"geometry={geometry}: our own transposed convolution strides by its size, here "
+            f"{tuple(w.shape[2:])}, without padding or dilation; that of `library` takes any"
+        )
     size = tuple(n * s for n, s in zip(x.shape[2:], geometry.stride, strict=True))
     y = layout.empty((x.shape[0], w.shape[1], *size), w.dtype, x.device)
     steps, table = walk(y, tuple(w.shape[2:]), geometry), w.flatten(2).permute(2, 0, 1)

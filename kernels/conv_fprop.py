@@ -14,6 +14,7 @@ is their size. 2 N |Y| K C T operations; x is read T times, mostly from the L2 c
 """
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -265,12 +266,13 @@ def run(
     heavy = image is not None or not p.is_identity or not epilogue.is_identity
     heavy |= moments_of is not None and moments_of.name not in ("identity", "relu", "leaky_relu")
     size = (steps.out[0], steps.out[1], steps.out[2])
-    config = configs.gemm(product, n * outs, size, x.device, heavy, _are_readable(x, x2, w, w2))
+    readable = partial(_are_readable, x, x2, w, w2)
+    config = configs.gemm(product, n * outs, size, x.device, heavy, readable)
     chunks, tables = outs * config.tiles, {"dtype": torch.float32, "device": x.device}
     sums = None if centre is None else torch.empty(2, n, chunks, k, **tables)
-    partial: Any = (None, None, None)
+    parts: Any = (None, None, None)
     if moments_of is not None:
-        partial = reductions.partial(n, chunks, k, x.device)
+        parts = reductions.partial(n, chunks, k, x.device)
     r_strides = (0, 0, 0)
     if image is not None:
         image, r_strides = tile.strided(image)
@@ -285,7 +287,7 @@ def run(
     tile.launch(
         _conv_kernel, x, config,
         *_operands(config, x, x2, w, w2), b, y, image, s1, t1, slope, s2, t2, act.p, act.q,
-        e1, f1, e_slope, e2, f2, e_act.p, e_act.q, centre, sums, *partial,
+        e1, f1, e_slope, e2, f2, e_act.p, e_act.q, centre, sums, *parts,
         m_act.p, m_act.q,
         c, 0 if x2 is None else x2.shape[1], k, math.prod(out), *inp, *out,
         *lifted(tuple(y.shape[2:]), 1)[1:], *size, *stride, *before, *dilation,
@@ -301,7 +303,7 @@ def run(
         return sums.sum(2), sums.new_empty(0)
     if moments_of is None:
         return x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
-    mean, var = reductions.combine(*partial)
+    mean, var = reductions.combine(*parts)
     return mean, var
 
 

@@ -119,8 +119,10 @@ def conv_wgrad(
     many = math.prod(size)
     product = plans.Product("conv_wgrad", tuple(x.shape), k, taps, geometry, g.dtype)
     shape = (out[0], out[1], out[2])
-    readable = boxes.strides(x) is not None and boxes.strides(g) is not None
-    config = configs.wgrad(product, shape, x.device, not p.is_identity, readable)
+    config = configs.wgrad(
+        product, shape, x.device, not p.is_identity,
+        lambda: boxes.strides(x) is not None and boxes.strides(g) is not None,
+    )  # fmt: skip
     read: tuple[Any, Any] = (x, g)
     if config.box != NO_BOX:
         read = (

@@ -182,7 +182,9 @@ def norm_finalize_backward(
 
 def _numbers(geometry: Geometry) -> tuple[list[int], list[int], list[int]]:
     """A geometry without groups, as the arguments of an operator."""
-    stride, padding, dilation, _ = geometry
+    stride, padding, dilation, groups = geometry
+    if groups != 1:
+        raise ValueError(f"groups={groups}: our own convolutions have one; `library.conv` has more")
     return list(stride), [side for pair in padding for side in pair], list(dilation)
 
 

@@ -150,7 +150,7 @@ def chosen(what: Pass | Product, device: torch.device) -> Any:
 
 
 def candidates(what: Pass | Product, device: torch.device) -> list[Any]:
-    """The plans that the tuner tries there, each another launch."""
+    """The plans that the tuner tries there, the first by rule."""
     if isinstance(what, Pass):
         return list(what.plans)
     boxed = what.reads_boxes and boxes.are_copied(device)

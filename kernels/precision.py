@@ -1,8 +1,8 @@
 """How products of float32 are rounded: in full ("ieee"), or their factors to 10 bits ("tf32").
 
 As torch lets cuDNN do it, whichever of its two switches said so: `torch.backends.cudnn.allow_tf32`,
-or, since torch 2.9, `torch.backends.cudnn.conv.fp32_precision`, after which the former cannot be
-read any more.
+or, since torch 2.9, `torch.backends.cudnn.conv.fp32_precision`, which is known of both, but after
+which the former cannot be read any more.
 """
 
 from collections.abc import Iterator
@@ -19,13 +19,19 @@ def of(dtype: torch.dtype) -> str:
 
 def of_convolutions() -> str:
     """Of float32, as torch was told."""
-    return "tf32" if _switches()[0] in ("tf32", True) else "ieee"
+    cudnn = torch.backends.cudnn
+    how = cudnn.conv.fp32_precision if hasattr(cudnn, "conv") else cudnn.allow_tf32
+    return "tf32" if how in ("tf32", True) else "ieee"
 
 
 @contextmanager
 def use(how: str) -> Iterator[None]:
-    """Convolutions and matrix products rounded so in a `with` block, whatever was said before."""
-    before, both = _switches(), how if _is_new() else how == "tf32"
+    """Convolutions and matrix products rounded so in a `with` block, whatever was said before.
+
+    By the switch that is in use, so that whatever runs in the block can read it as before.
+    """
+    before = _switches()
+    both = how == "tf32" if isinstance(before[0], bool) else how
     _switch(both, both)
     try:
         yield
@@ -33,21 +39,20 @@ def use(how: str) -> Iterator[None]:
         _switch(*before)
 
 
-def _is_new() -> bool:
-    return hasattr(torch.backends.cudnn, "conv")
-
-
 def _switches() -> tuple[Any, Any]:
     """Of convolutions and of matrix products."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    if _is_new():
-        return cudnn.conv.fp32_precision, matmul.fp32_precision
-    return cudnn.allow_tf32, matmul.allow_tf32
+    try:
+        return cudnn.allow_tf32, matmul.allow_tf32
+    except RuntimeError:  # the new switch is in use; what is as above it is inherited
+        above = cudnn.fp32_precision
+        own = cudnn.conv.fp32_precision, matmul.fp32_precision
+        return tuple("none" if one == above else one for one in own)  # type: ignore[return-value]
 
 
 def _switch(convolutions: Any, products: Any) -> None:
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    if _is_new():
-        cudnn.conv.fp32_precision, matmul.fp32_precision = convolutions, products
-    else:
+    if isinstance(convolutions, bool):
         cudnn.allow_tf32, matmul.allow_tf32 = convolutions, products
+    else:
+        cudnn.conv.fp32_precision, matmul.fp32_precision = convolutions, products

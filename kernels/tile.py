@@ -232,9 +232,11 @@ def image_in_boxes(x: Tensor | None, box: Box, channels: int) -> TensorDescripto
     """An image in words, as what copies boxes of so many channels takes it: (N, X0, X1, X2, C)."""
     if x is None:
         return None
+    steps = boxes.strides(x)
+    assert steps is not None, "whoever chose boxes has asked whether this image can be read so"
     n, c, *size = x.shape
     shape = [n, *(1,) * (3 - len(size)), *size, c]
-    return TensorDescriptor(x, shape, list(boxes.strides(x) or ()), [1, *box, channels])
+    return TensorDescriptor(x, shape, list(steps), [1, *box, channels])
 
 
 def table_in_boxes(w: Tensor | None, rows: int, columns: int) -> TensorDescriptor | None:

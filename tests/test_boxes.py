@@ -11,7 +11,7 @@ from cassetta.kernels.types import NOTHING, Geometry
 
 tile = pytest.importorskip("cassetta.kernels.tile")
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-PLANS = plans.GemmPlan(256, 64, 64, 3, True), plans.WgradPlan(64, 64, 256, 3, True)
+PLANS = plans.GemmPlan(256, 64, 64, 3, True), plans.WgradPlan(64, 64, 128, 2, True)
 UNIT = Geometry((1,), ((1, 1),), (1,))
 
 
@@ -153,10 +153,10 @@ def test_who_copies_boxes(monkeypatch):
     product = plans.Product("conv_fprop", (1, 8, 64), 8, (3,), UNIT, torch.float16)
     assert not any(plan.boxes for plan in plans.candidates(product, device))
     with plans.use_plan(plans.GemmPlan(boxes=True)):
-        gathered = configs.gemm(product, 1, (1, 1, 64), device, False, True)
+        gathered = configs.gemm(product, 1, (1, 1, 64), device, False, lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        boxed = configs.gemm(product, 1, (1, 1, 64), device, False, True)
-        scattered = configs.gemm(product, 1, (1, 1, 64), device, False, False)
+        boxed = configs.gemm(product, 1, (1, 1, 64), device, False, lambda: True)
+        scattered = configs.gemm(product, 1, (1, 1, 64), device, False, lambda: False)
     assert gathered.box == scattered.box == boxes.NO_BOX
     assert boxed.box == (1, 2, 64)
     assert any(plan.boxes for plan in plans.candidates(product, device))

@@ -11,8 +11,8 @@ from torch._subclasses import FakeTensorMode
 
 import cassetta
 from cassetta.backbones import UNet
-from cassetta.functional import defer
-from cassetta.kernels import configs, dispatch, evidence
+from cassetta.functional import conv_gemm, defer
+from cassetta.kernels import configs, dispatch, evidence, ops, precision
 from cassetta.kernels.types import NOTHING, Geometry
 from cassetta.layers import BatchNorm, Conv, ConvBlock, ConvGroup, DownConv, UpConv, fusing
 
@@ -99,6 +99,19 @@ def test_what_was_measured_is_not_taken_where_it_cannot_run(kernels, monkeypatch
 
 
 @pytest.mark.parametrize("name", STRIDED)
+def test_whoever_asks_for_our_own_convolution_is_refused(name):
+    """Before anything is computed, forward; and no operator forgets that there are groups."""
+    conv, x = Conv(2, 4, 4, **STRIDED[name]), torch.randn(1, 4, 9, 8)
+    with dispatch.fused_on_reference(), pytest.raises(ValueError, match="convolutions have"):
+        conv_gemm(defer(x), conv.weight, None, conv.geometry)
+    if name == "groups":
+        with pytest.raises(ValueError, match="groups=2"):
+            ops.conv_fprop(x, NOTHING, conv.weight, None, conv.geometry)
+        with pytest.raises(ValueError, match="groups=2"):
+            ops.conv_wgrad(conv(x), x, NOTHING, conv.kernel_size, conv.geometry)
+
+
+@pytest.mark.parametrize("name", STRIDED)
 def test_kernels_refuse_what_they_would_compute_wrongly(name, kernels):
     conv_dgrad = importlib.import_module("cassetta.kernels.conv_dgrad")
     conv = Conv(2, 4, 4, **STRIDED[name])
@@ -107,7 +120,7 @@ def test_kernels_refuse_what_they_would_compute_wrongly(name, kernels):
     with pytest.raises(ValueError, match="our own convolutions have"):
         conv_dgrad.conv_dgrad(conv(x), conv.weight.detach(), geometry, (9, 8))
     if name != "groups":
-        with pytest.raises(ValueError, match="a transposed convolution strides by its size"):
+        with pytest.raises(ValueError, match="transposed convolution strides by its size"):
             conv_dgrad.conv_transposed(x, NOTHING, conv.weight.detach(), None, geometry)
 
 
@@ -189,19 +202,44 @@ def test_a_result_that_is_too_large_stays_with_torch():
             assert "more voxels than 31 bits count" in log[0].choice.reason
 
 
-def test_the_new_switch_of_precision(kernels):
-    """torch 2.9 and newer; then its old one cannot be read any more."""
-    if not hasattr(torch.backends.cudnn, "conv"):
+@pytest.fixture
+def switches():
+    """Left as they were found."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    if not hasattr(cudnn, "conv"):
         pytest.skip("this torch has the old switch only")
-    before = torch.backends.cudnn.conv.fp32_precision
-    net = UNet(2, 4, nb_levels=2, norm="instance")
-    try:
-        torch.backends.cudnn.conv.fp32_precision = "ieee"
-        assert_as_torch(net, kernels, "gemm")
-        torch.backends.cudnn.conv.fp32_precision = "tf32"
-        assert cassetta.kernels.precision.of(torch.float32) == "tf32"
-        with cassetta.kernels.precision.use("ieee"):
-            assert cassetta.kernels.precision.of(torch.float32) == "ieee"
-        assert cassetta.kernels.precision.of(torch.float32) == "tf32"
-    finally:
-        torch.backends.cudnn.conv.fp32_precision = before
+    places = [cudnn.conv, cudnn.rnn, matmul, cudnn, torch.backends]
+    before = [place.fp32_precision for place in places]
+    yield cudnn, matmul
+    for place, how in zip(places, before, strict=True):
+        place.fp32_precision = how
+
+
+def test_the_new_switch_of_precision(kernels, switches):
+    """torch 2.9 and newer; then its old one cannot be read any more."""
+    cudnn, _ = switches
+    cudnn.conv.fp32_precision = "ieee"
+    assert_as_torch(UNet(2, 4, nb_levels=2, norm="instance"), kernels, "gemm")
+    cudnn.conv.fp32_precision = "tf32"
+    assert precision.of(torch.float32) == "tf32"
+    with precision.use("ieee"):
+        assert precision.of(torch.float32) == "ieee"
+    assert precision.of(torch.float32) == "tf32"
+
+
+def test_a_precision_for_a_while_leaves_the_switches_as_they_were(switches):
+    cudnn, matmul = switches
+    cudnn.allow_tf32, matmul.allow_tf32 = True, False
+    with precision.use("ieee"):
+        assert (cudnn.allow_tf32, matmul.allow_tf32) == (False, False)  # which can be read
+        with cudnn.flags(allow_tf32=True):
+            pass
+    assert (cudnn.allow_tf32, matmul.allow_tf32) == (True, False)
+    torch.backends.fp32_precision = "ieee"
+    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = matmul.fp32_precision = "none"
+    cudnn.rnn.fp32_precision = "tf32"  # after which the old switch cannot be read
+    with precision.use("tf32"):
+        assert cudnn.conv.fp32_precision == matmul.fp32_precision == "tf32"
+    assert cudnn.conv.fp32_precision == matmul.fp32_precision == "ieee"
+    torch.backends.fp32_precision = "tf32"  # is still inherited
+    assert cudnn.conv.fp32_precision == matmul.fp32_precision == "tf32"

@@ -604,6 +604,22 @@ def test_compile_export_checkpoint(name, engine):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("mode", ["conv", "interpolate"])
+def test_compiled_with_sizes_that_are_odd(mode, dynamic, engine):
+    """The second size opens those of the graph; what is upsampled is fitted to its skip."""
+    net = UNet(2, 4, nb_levels=2, norm="instance", unpool_mode=mode).double()
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend="aot_eager", dynamic=dynamic)
+    for size in ((9, 7), (11, 5), (13, 9)):
+        inp = torch.randn(1, 4, *size, dtype=torch.float64)
+        expected = step(net, inp, fused=True)
+        found = step(compiled, inp, fused=True)
+        assert_near(found["out"].contiguous(), expected["out"].contiguous())
+        assert_near(found["inp"].contiguous(), expected["inp"].contiguous())
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo
 @pytest.mark.parametrize("order", ["cndax", "caxnd"])
 @pytest.mark.parametrize("activation", ["ReLU", "LeakyReLU", "GELU"])
 @pytest.mark.parametrize("norm", ["batch", "instance", None], ids=str)

@@ -15,7 +15,7 @@ from torch.autograd import Function
 from cassetta.functional.deferred import Deferred, Launch
 from cassetta.functional.nodes import first_order
 from cassetta.functional.operands import built, refuse_other, rounded
-from cassetta.kernels import ops
+from cassetta.kernels import configs, ops
 from cassetta.kernels.activations import BY_RESULT
 from cassetta.kernels.types import (
     NOTHING,
@@ -44,7 +44,14 @@ def conv_gemm(
     (`activations.BY_RESULT`), or nothing. A residual that is added next leaves with the product,
     too, unless the gradient or the moments are of what it is added to. Under autocast x and the
     parameters are rounded to its dtype.
+
+    Raises
+    ------
+    ValueError
+        If our own convolutions do not cover this geometry; `conv_deferred` takes any.
     """
+    if (why := configs.why_no_product(geometry, weight.shape[2:])) is not None:
+        raise ValueError(why)
     x, second = x.parts or (x.settled(), None)
     dtype, weight, bias = rounded(x.raw, weight, bias)
     refuse_other(dtype, weight)

@@ -150,6 +150,8 @@ def fit_at_once(inp: Tensor, size: Sequence[int]) -> Tensor:
     """`fit` in one copy, and another for its first derivative, however many axes are odd."""
     if tuple(inp.shape[2:]) == tuple(size):
         return inp
+    if torch.compiler.is_compiling():  # which makes one pass of it anyway
+        return fit(inp, size)
     return _Fit.apply(inp, tuple(size))  # type: ignore[return-value]
 
 
