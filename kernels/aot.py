@@ -287,18 +287,27 @@ def _compiled(
     built: Any = triton.compile(source, target=target, options=options)
     usage = _usage(built.asm["cubin"])
     found = " ".join(name for name, word in _MMA.items() if re.search(word, built.asm["ptx"]))
-    return usage["REG"], usage["STACK"] + usage["LOCAL"], built.metadata.shared, found
+    stack = usage["STACK"] + usage["LOCAL"]
+    # (triton 3.9 has been seen to reserve a byte that nothing reads or writes)
+    spilled = (
+        stack if stack and re.search(r"\b(STL|LDL)\b", _told(built.asm["cubin"], "-sass")) else 0
+    )
+    return usage["REG"], spilled, built.metadata.shared, found
 
 
 def _usage(cubin: bytes) -> dict[str, int]:
-    """Registers and memory of a compiled kernel, as NVIDIA's cuobjdump tells them."""
+    """Registers and memory of a compiled kernel."""
+    told = _told(cubin, "-res-usage")
+    return {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
+
+
+def _told(cubin: bytes, option: str) -> str:
+    """What NVIDIA's cuobjdump tells of a compiled kernel."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        done = subprocess.run(
-            [_cuobjdump(), "-res-usage", str(file)], capture_output=True, text=True, check=True
-        )
-    return {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout)}
+        line = [_cuobjdump(), option, str(file)]
+        return subprocess.run(line, capture_output=True, text=True, check=True).stdout
 
 
 @functools.cache

@@ -166,7 +166,7 @@ def _conv_kernel(
         slope = tl.zeros((1, BLOCK_N), tl.float32)
         value = tile.activation(value, m_p, m_q, slope, M_ACT)
         count = _leave_moments(value, inside, k < K, mean_ptr + chunk, m2_ptr + chunk)
-        tl.store(count_ptr + out * tiles + tile_m, count, mask=(n == 0) & (k0 == 0))
+        tl.store(count_ptr + out * tiles + tile_m, count, mask=n + k0 == 0)
 
 
 @triton.jit

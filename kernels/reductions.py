@@ -61,7 +61,7 @@ def _moments_kernel(
     out = (n * chunks + chunk) * C + c
     tl.store(mean_ptr + out, whole, mask=c < C)
     tl.store(m2_ptr + out, spread, mask=c < C)
-    tl.store(count_ptr + chunk + c * 0, voxels, mask=(n == 0) & (c == 0))
+    tl.store(count_ptr + chunk + c * 0, voxels, mask=n + c == 0)
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def _combine_kernel(
     at = (n * outs + out) * C + c
     tl.store(out_mean_ptr + at, mean, mask=c < C)
     tl.store(out_m2_ptr + at, m2, mask=c < C)
-    tl.store(out_count_ptr + out + c * 0, count, mask=(n == 0) & (c == 0))
+    tl.store(out_count_ptr + out + c * 0, count, mask=n + c == 0)
 
 
 def combine(means: Tensor, m2s: Tensor, counts: Tensor) -> Moments:

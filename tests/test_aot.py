@@ -155,6 +155,25 @@ print(good.excess, good._replace(spilled=8).excess, good._replace(shared=300_000
     assert out == "None|8 bytes of registers spill|300000 bytes of shared memory, of 232448"
 
 
+def test_a_spill_is_seen():
+    """Of a tile that is too large for its threads: there is local memory, and it is accessed."""
+    out = run("""
+import torch
+from cassetta.kernels import aot, conv_fprop, layout, plans
+from cassetta.kernels.types import NOTHING, Activation, Geometry, Prologue
+x = layout.empty((1, 128, 32, 32, 32), torch.bfloat16, "meta")
+w = torch.empty(128, 128, 3, 3, 3, dtype=x.dtype, device="meta")
+one = torch.empty(1, 128, device="meta")
+p = Prologue(one, one, Activation("gelu"), None, one, one)
+same = Geometry((1, 1, 1), ((1, 1),) * 3, (1, 1, 1))
+reports = []
+with aot.recorded(100, "", reports), plans.use_plan(plans.GemmPlan(256, 128, 64, 3, True)):
+    conv_fprop.conv_fprop(x, NOTHING, w, None, same, None, p, x)
+print([report.spilled > 0 for report in reports])
+""")
+    assert out == "[True]"
+
+
 @pytest.mark.parametrize(
     ("fault", "code"), [({}, 0), ({"spilled": 8}, 1), ({"shared": 300_000}, 1)]
 )
