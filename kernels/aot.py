@@ -289,10 +289,9 @@ def _compiled(
     found = " ".join(name for name, word in _MMA.items() if re.search(word, built.asm["ptx"]))
     stack = usage["STACK"] + usage["LOCAL"]
     # (triton 3.9 has been seen to reserve a byte that nothing reads or writes)
-    spilled = (
-        stack if stack and re.search(r"\b(STL|LDL)\b", _told(built.asm["cubin"], "-sass")) else 0
-    )
-    return usage["REG"], spilled, built.metadata.shared, found
+    if stack and not re.search(r"\b(STL|LDL)\b", _told(built.asm["cubin"], "-sass")):
+        stack = 0
+    return usage["REG"], stack, built.metadata.shared, found
 
 
 def _usage(cubin: bytes) -> dict[str, int]:

@@ -70,14 +70,12 @@ for built in found:
     assert out.splitlines() == ["_resize_kernel 8 1 0", "_resize_dgrad_kernel 4 1 0"]
 
 
-@pytest.mark.parametrize("channels", [21, 64])
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_convolutions_feed_tensor_cores_by_16_bytes(arch, channels):
-    """Operands are copied ahead, in words of 16 bytes, by cp.async where a tile is read as it is;
-    images are written so, too. Narrow loads are of the bias alone, and of nothing large."""
-    out = run(f"""
+def convolved(arch, channels, *plans):
+    """Code that compiles the three passes of a convolution, by these plans: `built`, one by one."""
+    return f"""
 import re, torch, triton
 from cassetta.kernels import aot, conv_dgrad, conv_fprop, conv_wgrad, layout
+from cassetta.kernels.plans import GemmPlan, WgradPlan, use_plan
 from cassetta.kernels.types import NOTHING, Activation, Geometry
 c, found, compile_ = {channels}, [], triton.compile
 def spy(*args, **options):
@@ -87,7 +85,7 @@ triton.compile = spy
 x = layout.empty((1, c, 32, 32, 32), torch.bfloat16, "meta")
 w = torch.empty(c, c, 3, 3, 3, dtype=x.dtype, device="meta")
 same = Geometry((1, 1, 1), ((2, 2),) * 3, (2, 2, 2))
-with aot.recorded({arch}, "", []):
+with aot.recorded({arch}, "", []), use_plan({", ".join(plans)}):
     conv_fprop.conv_fprop(x, NOTHING, w, None, same, moments_of=Activation("relu"))
     conv_dgrad.conv_dgrad(x, w, same, (32, 32, 32))
     conv_wgrad.conv_wgrad(x, x, NOTHING, (3, 3, 3), same)
@@ -95,6 +93,15 @@ for built in found:
     ptx, name = built.asm["ptx"], built.metadata.name
     if "combine" in name:
         continue
+"""
+
+
+@pytest.mark.parametrize("channels", [21, 64])
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_convolutions_feed_tensor_cores_by_16_bytes(arch, channels):
+    """Operands are copied ahead, in words of 16 bytes, by cp.async where a tile is read as it is;
+    images are written so, too. Narrow loads are of the bias alone, and of nothing large."""
+    out = run(f"""{convolved(arch, channels)}
     cores = any(re.search(aot._MMA[kind], ptx) for kind in {{80: ["mma"], 90: ["wgmma"],
         100: ["tcgen05", "mma"]}}[{arch}])
     ahead = len(re.findall(r"cp\\.async\\.cg\\.shared\\.global.*0x10", ptx))
@@ -112,27 +119,8 @@ for built in found:
 @pytest.mark.parametrize("arch", [90, 100])
 def test_boxes_are_copied_as_a_whole(arch, channels):
     """Images, five axes of them, and weights go to tensor cores by copies of boxes (TMA) alone."""
-    out = run(f"""
-import re, torch, triton
-from cassetta.kernels import aot, conv_dgrad, conv_fprop, conv_wgrad, layout, plans
-from cassetta.kernels.types import NOTHING, Activation, Geometry
-c, found, compile_ = {channels}, [], triton.compile
-def spy(*args, **options):
-    found.append(compile_(*args, **options))
-    return found[-1]
-triton.compile = spy
-x = layout.empty((1, c, 32, 32, 32), torch.bfloat16, "meta")
-w = torch.empty(c, c, 3, 3, 3, dtype=x.dtype, device="meta")
-same = Geometry((1, 1, 1), ((2, 2),) * 3, (2, 2, 2))
-boxed = plans.GemmPlan(boxes=True), plans.WgradPlan(64, 64, 64, 3, True)
-with aot.recorded({arch}, "", []), plans.use_plan(*boxed):
-    conv_fprop.conv_fprop(x, NOTHING, w, None, same, moments_of=Activation("relu"))
-    conv_dgrad.conv_dgrad(x, w, same, (32, 32, 32))
-    conv_wgrad.conv_wgrad(x, x, NOTHING, (3, 3, 3), same)
-for built in found:
-    ptx, name = built.asm["ptx"], built.metadata.name
-    if "combine" in name:
-        continue
+    boxed = "GemmPlan(boxes=True)", "WgradPlan(64, 64, 64, 3, True)"
+    out = run(f"""{convolved(arch, channels, *boxed)}
     cores = next(kind for kind in ("wgmma", "tcgen05", "mma") if re.search(aot._MMA[kind], ptx))
     boxes = re.findall(r"cp\\.async\\.bulk\\.tensor\\.(.)d", ptx)
     images, weights = boxes.count("5"), boxes.count("3")
