@@ -228,14 +228,14 @@ class ProductWork(NamedTuple):
         taps, size = tuple(w.shape[2:]), tuple(x.shape[2:])
         found = {
             "conv_fprop": lambda: passes.conv_fprop(x, NOTHING, w, b, geometry, moments_of=relu),
-            "conv_fprop, fused": lambda: passes.conv_fprop(x, p, w, b, geometry, None, after, g)[
-                :1
-            ],
+            "conv_fprop, fused": lambda: passes.conv_fprop(
+                x, p, w, b, geometry, epilogue=after, residual=g
+            )[:1],
             "conv_dgrad": lambda: passes.conv_dgrad(g, w, geometry, size, x, p, one),
             "conv_dgrad, alone": lambda: passes.conv_dgrad(g, w, geometry, size)[:1],
             "conv_transposed": lambda: (passes.conv_transposed(g, NOTHING, w, None, geometry),),
-            "conv_wgrad": lambda: passes.conv_wgrad(g, x, NOTHING, taps, geometry),
-            "conv_wgrad, fused": lambda: passes.conv_wgrad(g, x, p, taps, geometry),
+            "conv_wgrad": lambda: (passes.conv_wgrad(g, x, NOTHING, taps, geometry),),
+            "conv_wgrad, fused": lambda: (passes.conv_wgrad(g, x, p, taps, geometry),),
         }[name]()
         return Step(tuple(f"result {n}" for n in range(len(found))), tuple(found))
 
