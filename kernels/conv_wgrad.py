@@ -1,10 +1,14 @@
-"""The gradient of the weights and the bias of a convolution: a product over all voxels.
+"""The gradient of the weights of a convolution: a product over all voxels.
 
-    dw[k, c, t] = sum over n, v of z[n, c, s v - before + d t] g[n, k, v]        db[k] = sum of g
+    dw[k, c, t] = sum over n, v of z[n, c, s v - before + d t] g[n, k, v]
 
 Rows are taps x channels of z, columns channels of g, depth the voxels, which are split over
 programs: each leaves its share in float32, and these are added in their order. No atomics: the same
 input gives the same bits.
+
+Nothing but the product reads g: the gradient of the bias, its sum, is taken elsewhere. An operand
+that something else in the loop reads, too, is copied to one buffer fewer than products that are
+asynchronous need (triton#6691), and is overwritten while it is multiplied.
 """
 
 import math
@@ -29,7 +33,7 @@ _SIZES = [
 
 @triton.jit(do_not_specialize=_SIZES)
 def _conv_wgrad_kernel(
-    x_ptr, g_ptr, dw_ptr, db_ptr, p_s1, p_t1, p_slope, p_s2, p_t2, p_p, p_q,
+    x_ptr, g_ptr, dw_ptr, p_s1, p_t1, p_slope, p_s2, p_t2, p_p, p_q,
     C, K, V, X0, X1, X2, Y0, Y1, Y2, T1, T2, s0, s1, s2, b0, b1, b2, d0, d1, d2,
     x_n, x_v, g_n, g_v, taps, steps, part, splits, c_blocks, k_blocks,
     PRE: tl.constexpr, ACT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
@@ -55,7 +59,6 @@ def _conv_wgrad_kernel(
         outer, offset = tile.row(p_s2, n, c, C, 1.0), tile.row(p_t2, n, c, C, 0.0)
         slope = tile.row(p_slope, n, c, C, 0.0)
     total = tl.zeros((BLOCK_T * BLOCK_C, BLOCK_N), tl.float32)
-    bias = tl.zeros((BLOCK_N,), tl.float32)
     first, end = split * part, tl.minimum((split + 1) * part, steps)
     e0, e1, e2 = tile.box_of(first, Y1, Y2, BOX0, BOX1, BOX2)
     for step in tl.range(first, end, num_stages=STAGES):
@@ -86,7 +89,6 @@ def _conv_wgrad_kernel(
             x = tl.where(ok, outer * u + offset, 0.0).to(g.dtype)
         elif RAGGED:  # beyond the end of g, which is 0 there, x may be anything, NaN too
             x = tl.where(inside[:, None], x, 0.0)
-        bias += tl.sum(g.to(tl.float32), 0)
         total = tl.dot(tl.trans(x), g, total, input_precision=PRECISION)
         if BOXED:  # the next one, counted, not divided
             e2 += 1
@@ -100,8 +102,6 @@ def _conv_wgrad_kernel(
     share = n * splits + split
     at = ((share * taps + tap) * C + c)[:, None] * K + k[None, :]
     tl.store(dw_ptr + at, total, mask=((c < C) & (tap < taps))[:, None] & (k < K)[None, :])
-    if t_block + c_block == 0:
-        tl.store(db_ptr + share * K + k, bias, mask=k < K)
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def _offsets(tap, T1, T2, d0, d1, d2, b0, b1, b2):
 
 def conv_wgrad(
     g: Tensor, x: Tensor, p: Prologue, taps: tuple[int, ...], geometry: Geometry
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     g, x = layout.in_words(g), layout.in_words(x)
     (n, c), k = x.shape[:2], g.shape[1]
     inp, out, size, stride, before, dilation = walk(x, taps, geometry)
@@ -129,13 +129,11 @@ def conv_wgrad(
             tile.image_in_boxes(x, config.box, config.block_c),
             tile.image_in_boxes(g, config.box, config.block_n),
         )
-    tables = {"dtype": torch.float32, "device": x.device}
-    dw = torch.empty(n * config.splits, many, c, k, **tables)
-    db = torch.empty(n * config.splits, k, **tables)
+    dw = torch.empty(n * config.splits, many, c, k, dtype=torch.float32, device=x.device)
     s1, t1, act, slope, s2, t2 = p
     tile.launch(
         _conv_wgrad_kernel, x, config,
-        *read, dw, db, s1, t1, slope, s2, t2, act.p, act.q,
+        *read, dw, s1, t1, slope, s2, t2, act.p, act.q,
         c, k, math.prod(out), *inp, *out, *size[1:], *stride, *before, *dilation,
         *voxel_steps(x), *voxel_steps(g), many, config.steps, config.part, config.splits,
         config.c_blocks, config.k_blocks,
@@ -143,4 +141,4 @@ def conv_wgrad(
         PRECISION=precision.of(g.dtype), RAGGED=boxes.are_ragged(config.box, shape),
     )  # fmt: skip
     dw = dw.sum(0).permute(2, 1, 0).clone(memory_format=torch.contiguous_format)
-    return dw.reshape(k, c, *taps), db.sum(0)
+    return dw.reshape(k, c, *taps)

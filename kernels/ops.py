@@ -36,7 +36,7 @@ _SCHEMAS = {
     " Tensor? residual, str? moments_of, float m_p, float m_q) -> (Tensor, Tensor, Tensor)",
     "conv_dgrad": f"(Tensor g, Tensor w, {_WALK}, SymInt[] size, Tensor? x, {_PROLOGUE},"
     " Tensor? around, bool after) -> (Tensor, Tensor)",
-    "conv_wgrad": f"(Tensor g, Tensor x, {_PROLOGUE}, int[] taps, {_WALK}) -> (Tensor, Tensor)",
+    "conv_wgrad": f"(Tensor g, Tensor x, {_PROLOGUE}, int[] taps, {_WALK}) -> Tensor",
     "conv_transposed": f"(Tensor x, {_PROLOGUE}, Tensor w, Tensor? b, {_WALK}, {_EPILOGUE},"
     " Tensor? residual) -> Tensor",
     "max_pool": f"(Tensor x, {_PROLOGUE}, int[] window) -> (Tensor, Tensor)",
@@ -86,7 +86,7 @@ def conv_dgrad(
 
 def conv_wgrad(
     g: Tensor, x: Tensor, p: Prologue, taps: tuple[int, ...], geometry: Geometry
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """`reference.conv_wgrad`, by whoever runs it."""
     return torch.ops.cassetta.conv_wgrad(g, x, *flat(p), taps, *_numbers(geometry))
 
@@ -208,7 +208,7 @@ def _conv_dgrad(g: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return passes.conv_dgrad(g, w, _geometry(*walk), tuple(size), x, unflat(p), centre, after)
 
 
-def _conv_wgrad(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _conv_wgrad(g: Tensor, x: Tensor, *rest: Any) -> Tensor:
     p, taps, walk = rest[:8], rest[8], rest[9:]
     return dispatch.passes(g).conv_wgrad(g, x, unflat(p), tuple(taps), _geometry(*walk))
 
@@ -310,9 +310,9 @@ def _fake_conv_dgrad(g: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return dz, _no_table(g) if x is None else _tables(dz, 2)
 
 
-def _fake_conv_wgrad(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    dtype, k = torch.promote_types(g.dtype, torch.float32), g.shape[1]
-    return g.new_empty((k, x.shape[1], *rest[8]), dtype=dtype), g.new_empty(k, dtype=dtype)
+def _fake_conv_wgrad(g: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    dtype = torch.promote_types(g.dtype, torch.float32)
+    return g.new_empty((g.shape[1], x.shape[1], *rest[8]), dtype=dtype)
 
 
 def _fake_conv_transposed(x: Tensor, *rest: Any) -> Tensor:

@@ -70,14 +70,13 @@ def conv_dgrad(
 
 def conv_wgrad(
     g: Tensor, x: Tensor, p: Prologue, taps: tuple[int, ...], geometry: Geometry
-) -> tuple[Tensor, Tensor]:
-    """The gradients of w (K, C, *taps) and b (K,), in float32 at least, given that of y, g."""
+) -> Tensor:
+    """The gradient of w (K, C, *taps), in float32 at least, given that of y, g (N, K, *Y)."""
     z = materialize(x, p, None, g.dtype)
-    w, b = g.new_empty((g.shape[1], x.shape[1], *taps)), g.new_empty(g.shape[1])
-    _, dw, _ = library.conv_backward(g, z, w, b, geometry, (False, True, False))
+    w = g.new_empty((g.shape[1], x.shape[1], *taps))
+    _, dw, _ = library.conv_backward(g, z, w, None, geometry, (False, True, False))
     assert dw is not None
-    wide = torch.promote_types(g.dtype, torch.float32)
-    return dw.to(wide).contiguous(), g.to(wide).sum((0, *range(2, g.ndim)))
+    return dw.to(torch.promote_types(g.dtype, torch.float32)).contiguous()
 
 
 def conv_transposed(

@@ -219,7 +219,7 @@ class ProductWork(NamedTuple):
         found = {
             "conv_fprop": lambda: passes.conv_fprop(x, NOTHING, w, b, geometry, moments_of=relu),
             "conv_dgrad": lambda: passes.conv_dgrad(g, w, geometry, size, x, p, one),
-            "conv_wgrad": lambda: passes.conv_wgrad(g, x, NOTHING, taps, geometry),
+            "conv_wgrad": lambda: (passes.conv_wgrad(g, x, NOTHING, taps, geometry),),
         }[name]()
         return Step(tuple(f"result {n}" for n in range(len(found))), tuple(found))
 
