@@ -154,10 +154,9 @@ def test_gradients_of_weights_do_not_race(how, kernels, hopper):
     x, g = (torch.randn(1, 24, 300).to(kernels, PRECISIONS[how]) for _ in range(2))
     unit = Geometry((1,), ((1, 1),), (1,))
     with precision.use("tf32"):
-        dw, db = dispatch.passes(x).conv_wgrad(g, x, NOTHING, (3,), unit)
-    truth, sums = reference.conv_wgrad(g.double(), x.double(), NOTHING, (3,), unit)
-    assert (dw.double() - truth).abs().max() <= 2**-7 * truth.abs().max()
-    assert (db.double() - sums).abs().max() <= 2**-7 * sums.abs().max()
+        dw = dispatch.passes(x).conv_wgrad(g, x, NOTHING, (3,), unit)
+    truth = reference.conv_wgrad(g.double(), x.double(), NOTHING, (3,), unit)
+    assert (dw.double() - truth).abs().max() <= 2**-8 * truth.abs().max()
 
 
 POOLS = [
