@@ -133,15 +133,20 @@ BOXED = [
 ]
 
 
+def _plans(dtype, boxed):
+    """The first of convolutions, and of gradients of weights, that copy boxes, or do not."""
+    unit = Geometry((1,), ((0, 0),), (1,))
+    every = (
+        plans.Product(kind, (1, 1), 1, (1,), unit, dtype).plans
+        for kind in ("conv_fprop", "conv_wgrad")
+    )
+    return [next(plan for plan in some if plan.boxes == boxed) for some in every]
+
+
 @pytest.mark.parametrize(("name", "how", "pending", "activation"), BOXED, ids=str)
 def test_convolutions_of_boxes(name, how, pending, activation, kernels, hopper):
     """TMA: what a copy brings, and where it is awaited."""
-    unit = Geometry((1,), ((0, 0),), (1,))
-    boxed = []
-    for kind in ("conv_fprop", "conv_wgrad"):
-        known = plans.Product(kind, (1, 1), 1, (1,), unit, PRECISIONS[how]).plans
-        boxed.append(next(plan for plan in known if plan.boxes))
-    with plans.use_plan(*boxed):
+    with plans.use_plan(*_plans(PRECISIONS[how], True)):
         assert_right(name, how, kernels, "words", pending, activation)
 
 
@@ -157,6 +162,43 @@ def test_gradients_of_weights_do_not_race(how, kernels, hopper):
         dw = dispatch.passes(x).conv_wgrad(g, x, NOTHING, (3,), unit)
     truth = reference.conv_wgrad(g.double(), x.double(), NOTHING, (3,), unit)
     assert (dw.double() - truth).abs().max() <= 2**-8 * truth.abs().max()
+
+
+IN_REGISTERS = pytest.mark.xfail(
+    raises=ptxsim.RaceError, strict=True,
+    reason="PTX of triton 3.6 sets registers that a wgmma may still read (triton#9433)",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("channels", "pending", "boxed"),
+    [
+        (32, False, False),
+        pytest.param(21, False, False, marks=IN_REGISTERS),  # channels that do not exist are masked
+        pytest.param(160, True, False, marks=IN_REGISTERS),  # transformed on load
+        (21, False, True),
+    ],
+)
+def test_factors_in_registers_outlive_their_product(
+    channels, pending, boxed, kernels, hopper, options
+):
+    """Which convolutions rely on ptxas to wait where their PTX does not."""
+    options.factors = True
+    x = laid_out(torch.randn(1, channels, 200).to(kernels, BF16), "words")
+    taps = 1 if pending else 3
+    w = torch.randn(channels, channels, taps).to(kernels, BF16)
+    p = (
+        Prologue(*torch.rand(2, 1, channels).to(kernels), Activation("relu"))
+        if pending
+        else NOTHING
+    )
+    geometry = Geometry((1,), ((taps // 2, taps // 2),), (1,))
+    with plans.use_plan(*_plans(BF16, boxed)):
+        y = dispatch.passes(x).conv_fprop(x, p, w, None, geometry)[0]
+    truth = reference.conv_fprop(
+        x.double(), test_convolutions.double(p), w.double(), None, geometry
+    )
+    assert (y.double() - truth[0]).abs().max() <= 2**-7 * truth[0].abs().max()
 
 
 POOLS = [
