@@ -144,6 +144,26 @@ def test_variance_of_a_large_mean_does_not_cancel(mean, kernels):
     assert ((var >= 0) & (var <= (2 * 1.2e-7 * (mean + 0.1)) ** 2)).all()  # rounding of the mean
 
 
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("name", ["identity", "leaky_relu", "silu"])
+def test_variance_of_constant_channels_is_not_negative(name, full, kernels):
+    """On a GPU a value that is a product may be subtracted from before it is rounded (fma), so that
+    it differs from itself: what is added up must be squares. (The interpreter rounds it first.)"""
+    x = (5 + 200 * torch.rand(4, 8, 1)).expand(4, 8, 25).contiguous().to(kernels)
+    _, _, _, p, _ = problem((4, 8, 25), torch.float32, name, full, kernels)
+    passes = dispatch.passes(x)
+    _, *stored = passes.materialize_moments(x, p, None, x.dtype)
+    for mean, var in (passes.moments(x, p), stored):
+        # the mean of each lane, and that of lanes, are off by a few roundings of what was added
+        assert ((var >= 0) & (var <= (8 * 2**-24 * (mean.abs() + 4)) ** 2)).all()
+        for eps in (1e-6, 0.0):  # as nothing is subtracted, 0 adds up to 0
+            _, var, rstd, *_ = passes.norm_finalize(
+                Moments(mean, var), None, None, None, eps, Pooling("instance")
+            )
+            assert (var >= 0).all()
+            assert not rstd.isnan().any()
+
+
 def test_float16_statistics_do_not_overflow(kernels):
     x = torch.full((1, 1, 3000), 60_000.0, dtype=torch.float16, device=kernels)
     mean, var = dispatch.passes(x).moments(x, Prologue())
