@@ -44,7 +44,10 @@ def _simulate(arch):
     """Kernels of this process are compiled for sm_`arch`, and run in the simulator, on the CPU."""
     import ptxsim
 
-    ptxsim.install(("cuda", arch, 32))
+    try:
+        ptxsim.install(("cuda", arch, 32))
+    except ptxsim.UnsupportedError as error:
+        raise pytest.UsageError(f"--simulate {arch}: {error}") from None
     dispatch._triton_passes()
     copied = boxes.are_copied
     boxes.are_copied = lambda device: arch >= 90 if device.type == "cpu" else copied(device)

@@ -20,6 +20,7 @@ from ptxsim import numerics
 from ptxsim.hopper import TensorMap
 from ptxsim.machine import Launch, Program
 from ptxsim.memory import Global
+from ptxsim.parse import UnsupportedError
 
 SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}
 _PACK = {
@@ -250,7 +251,16 @@ def install(target: tuple[str, int, int] = ("cuda", 80, 32), assemble: bool = Fa
 
     Also makes `torch.cuda.device_of` accept CPU tensors, as launchers ask it for the device. Unless
     `assemble`, ptxas is not run, and Triton's cache keeps such kernels apart from others.
+
+    Raises
+    ------
+    UnsupportedError
+        If this is another triton, whose launchers talk to a driver in another way.
     """
+    if not triton.__version__.startswith("3.6."):
+        raise UnsupportedError(
+            f"the simulator is a driver of triton 3.6, and this is {triton.__version__}"
+        )
     driver = SimDriver(target)
     triton.runtime.driver.set_active(driver)
     torch.cuda.device_of = lambda tensor: contextlib.nullcontext()  # type: ignore[assignment]
