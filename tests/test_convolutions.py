@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from conftest import DEVICE, large_tiles
+from conftest import RUNNER, large_tiles
 
 from cassetta.kernels import configs, dispatch, layout, ops, plans, reference
 from cassetta.kernels.types import NOTHING, Activation, Geometry, Prologue
@@ -15,7 +15,7 @@ tile = pytest.importorskip("cassetta.kernels.tile")  # where there is no triton
 
 # numpy says when exp overflows, which leads to the right limits
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if RUNNER != "interpreter" else [])
 
 SLACK = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """On the scale of the largest value: 32 eps for sums in float32 in another order, 2 eps where the
