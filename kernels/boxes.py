@@ -7,8 +7,10 @@ a gather takes an address and a mask per voxel.
 """
 
 import functools
+import importlib
 import itertools
 import math
+import re
 
 import torch
 from torch import Tensor
@@ -23,7 +25,23 @@ LONGEST = 256
 
 def are_copied(device: torch.device) -> bool:
     """Whether what runs there copies boxes: newer GPUs, and what stands for one in tests."""
-    return device.type != "cuda" or machine.capability(device) >= (9, 0)
+    return device.type != "cuda" or are_copied_by(machine.capability(device))
+
+
+def are_copied_by(capability: tuple[int, int]) -> bool:
+    """Whether GPUs of this compute capability copy boxes, and rightly.
+
+    Those of 10.0 and newer read wrong ones, of images that are not dense, by the descriptors of
+    triton before 3.6 (triton#10442).
+    """
+    return capability >= (9, 0) and (capability < (10, 0) or _triton() >= (3, 6))
+
+
+@functools.cache
+def _triton() -> tuple[int, ...]:
+    """The version of triton, which whoever launches has imported."""
+    version = importlib.import_module("triton").__version__
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
 
 
 @functools.lru_cache(4096)

@@ -1,25 +1,23 @@
 """Whether a compiled loop has enough buffers for products that run on while it copies.
 
-Newer tensor cores multiply asynchronously (sm_90's `wgmma`, sm_100's `tcgen05`): they read their
-operands from memory of the program (shared memory, or that of the tensor cores) after the
-instruction that starts them, until something has waited for them. The software pipeline copies
-operands ahead into the buffers of a ring. A buffer is taken from the start of its copy until the
-product that reads it is known to be finished. If a copy is started D steps before its product, and
-the wait leaves P products running (`pendings`), then after a wait and just before its product's
-successor is copied,
+Newer tensor cores (sm_90's `wgmma`, sm_100's `tcgen05`) read their operands from memory of the
+program after the instruction that starts them, until something has waited for them. The software
+pipeline copies operands ahead, into the buffers of a ring: one is taken from the start of its copy
+until the product that reads it is known to be finished. If a copy is started D steps before its
+product, and a wait leaves P products running (`pendings`), then when the next copy begins after a
+wait,
 
-    P products run, and D - 1 copies are under way or done: with the one that begins, D + P buffers,
+    P products run, D - 1 copies are under way or done, and one begins: it takes D + P buffers,
 
-one more if the copy comes before the wait of its step. Triton 3.4 to 3.9 forget the P for a load
-that something else reads too, a sum for instance (triton#6691, #7110, #8554): the copy then
+and one more if the copy comes before the wait of its step. Triton (3.4 to 3.9) forgets the P for a
+load that something else reads too, a sum for instance (triton#6691, #7110, #8554): the copy
 overwrites, now and then, what is being multiplied.
 
-Nothing of this is assumed here. The loop of the TTGIR, Triton's last representation before it
-assigns registers, is walked through until its pipeline is full, and what is taken is counted.
-Indices are not computed: steps use the buffers of a ring in turn.
+Nothing of this is assumed. The loop of the TTGIR, Triton's last text before it assigns registers,
+is walked through until its pipeline is full, and what is taken is counted. Indices are not
+computed: steps use the buffers of a ring in turn.
 """
 
-import itertools
 import re
 from collections import Counter
 from typing import Any, NamedTuple
@@ -75,8 +73,7 @@ class _Walk:
         self._written: Counter[str] = Counter()
         self._finished: Counter[str] = Counter()
         self._running: list[tuple[set[tuple[str, str, int]], str]] = []  # places, barrier
-        self._turns = itertools.count()
-        self._turn = next(self._turns)
+        self._turn = 0
 
     def through(self, lines: list[str]) -> None:
         """Follow these lines; of a condition, both branches, the first one first."""
@@ -95,14 +92,12 @@ class _Walk:
         carried = _VALUE.findall(rest.partition(") -> ")[0])
         names, given = carried[::2], carried[1::2]
         for _ in range(_TURNS):
-            self._turn = next(self._turns)
+            self._turn += 1
             found = [self.places.get(value) for value in given]
             self.places |= {k: v for k, v in zip(names, found, strict=True) if v}
             self.through(body)
-            given = _VALUE.findall(body[-1].partition(" : ")[0])
-            given = given if body[-1].startswith("scf.yield") else []
-            names = names[: len(given)]
-        self._turn = next(self._turns)
+            given = _VALUE.findall(body[-1].partition(" : ")[0]) if names else []
+        self._turn += 1
         result = head.partition(":")[0]
         for n, value in enumerate(given):
             if place := self.places.get(value):
@@ -117,12 +112,11 @@ class _Walk:
             if given:
                 self._write(result)
         elif name.startswith("memdesc_") and memory:
-            (allocation, *_), *_ = memory
-            shapes = [one.count("x") for one in re.findall(r"memdesc<((?:\d+x)+)", types)]
             self.places[result] = memory[0]
-            if name in ("memdesc_index", "memdesc_subview") and shapes[0] > shapes[-1]:
-                self.places[result] = (allocation, result, self._turn)
-                self.buffers[allocation] = int(re.findall(r"memdesc<(\d+)x", types)[0])
+            old, new = (one.split("x") for one in re.findall(r"memdesc<(\d+(?:x\d+)*)", types))
+            if name in ("memdesc_index", "memdesc_subview") and len(old) > len(new):
+                self.places[result] = (memory[0][0], result, self._turn)
+                self.buffers[memory[0][0]] = int(old[0])
         elif _WRITES.fullmatch(name) and memory:
             self._write(memory[0][0])
         elif name in ("warp_group_dot", "tc_gen5_mma"):

@@ -21,10 +21,14 @@ UNIT = Geometry((1,), ((0, 0),), (1,))
 
 @pytest.fixture
 def few(monkeypatch, kernels):
-    """Two activations, one dtype, a convolution, a block and a network."""
+    """Two activations, one dtype, some passes and plans, a convolution, a block, a network."""
     monkeypatch.setattr(activations, "NAMES", ("relu", "prelu"))
     monkeypatch.setattr(configs, "dtypes", lambda: (torch.float32,))
+    monkeypatch.setattr(agreement, "PLANNED", ("moments", "materialize"))
+    monkeypatch.setattr(agreement, "PASSES", ("moments", "materialize", "concatenate"))
     monkeypatch.setattr(plans, "PLANS", plans.PLANS[:2])
+    monkeypatch.setattr(plans, "_GEMM_PLANS_32", plans._GEMM_PLANS_32[::3])
+    monkeypatch.setattr(plans, "_WGRAD_PLANS_32", plans._WGRAD_PLANS_32[1:])
     monkeypatch.setattr(checking, "SHAPES", ((2, 21, 7, 6), (1, 5, 300)))
     _, *how = checking.CONVOLUTIONS["even"]
     some = {"even": ((1, 8, 9, 7), *how)}
@@ -48,10 +52,11 @@ def spoil(monkeypatch, name, run):
     monkeypatch.setattr(dispatch, "_triton_passes", lambda: wrong)
 
 
-def wrong(device):
-    """What is at fault, and how."""
-    found = ((one.what, one.run()) for one in checking.comparisons(device))
-    return {what: why for what, why in found if why}
+def wrong(device, *names):
+    """What is at fault, and how, of the comparisons of these names, or of all."""
+    planned = [one for one in checking.comparisons(device) if not names or one.what in names]
+    assert {one.what for one in planned} >= {*names}
+    return {one.what: why for one in planned if (why := one.run())}
 
 
 def test_what_is_right_passes(few):
@@ -104,8 +109,9 @@ def test_wide_products_have_many_warps():
 
 def test_what_is_wrong_is_named(monkeypatch, few):
     spoil(monkeypatch, "materialize", lambda out: 1.01 * out)
-    found = wrong(few)
-    assert {*found} == {"materialize", "block, instance norm", "MeshNet"}
+    names = "materialize", "block, instance norm", "MeshNet"
+    found = wrong(few, "moments", *names)
+    assert {*found} == {*names}
     assert found["materialize"].startswith("its result 0 is off by 0.01 of its size")
 
 
@@ -113,9 +119,9 @@ def test_what_fails_is_named_also_without_words(monkeypatch, few):
     def fails(out):
         raise AssertionError
 
-    spoil(monkeypatch, "prologue_dgrad", fails)
-    found = wrong(few)
-    assert found["prologue_dgrad"] == "it fails (AssertionError:)"
+    spoil(monkeypatch, "materialize", fails)
+    found = wrong(few, "materialize", "MeshNet")
+    assert found["materialize"] == "it fails (AssertionError:)"
     assert "MeshNet" in found
 
 
@@ -149,7 +155,31 @@ def test_a_network_that_is_not_fused_is_no_success(monkeypatch, few):
     assert "runs as plain PyTorch: this is a test" in nets[-1].run()
 
 
+@pytest.mark.parametrize("name", agreement.PASSES)
+def test_every_pass_has_its_work(name):
+    drawn = checking._drawn("prelu", torch.float64, (1, 2, 6, 5), True, torch.device("cpu"))
+    found = drawn().step(reference, name)
+    assert found.tensors
+    assert all(one.isfinite().all() for one in found.tensors)
+
+
+@pytest.mark.parametrize(
+    "name", [one for several in agreement.PRODUCTS.values() for one in several]
+)
+def test_every_product_has_its_work(name):
+    """Fused with it is what changes its result."""
+    product = plans.Product("conv_fprop", *checking.CONVOLUTIONS["even"], torch.float64)
+    work = agreement.ProductWork.drawn(product, torch.device("cpu"))
+    (found, *_), pass_ = work.step(reference, name).tensors, name.partition(",")[0]
+    (usual, *_) = work.step(reference, pass_).tensors
+    assert found.shape == usual.shape
+    assert torch.equal(found, usual) == (name in (pass_, "conv_dgrad, alone"))
+
+
 def test_the_command_says_what_is_at_fault(monkeypatch, few, capsys):
+    only = ("moments", "materialize")
+    planned = [one for one in checking.comparisons(few) if one.what in only]
+    monkeypatch.setattr(checking, "comparisons", lambda device: planned)
     spoil(monkeypatch, "moments", lambda out: (out[0] + 1, out[1]))
     assert main(["check"]) == 1
     out = capsys.readouterr().out
@@ -170,7 +200,7 @@ def test_the_command_says_what_the_budget_left_out(few, capsys):
     assert re.search(r"^1 of \d+ pairs of pass and plan were compared$", out, re.MULTILINE)
     second = plans.PLANS[1]
     assert f"not compared: moments by {second}\n" in out  # the first plan was
-    assert "not compared: conv_wgrad, fused by 64 x 64 x 32, 3 stages; 64 x 32 x 32" in out
+    assert "not compared: conv_wgrad, fused by 64 x 32 x 32, 3 stages\n" in out
 
 
 def test_the_command_refuses(monkeypatch, capsys):

@@ -14,7 +14,7 @@ from rich.table import Table
 from cassetta.cli.errors import CommandError
 from cassetta.kernels import dispatch
 
-ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
+ARCHITECTURES = {f"sm_{arch}": arch for arch in (80, 86, 89, 90, 100, 120)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
