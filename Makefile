@@ -35,14 +35,23 @@ bench: $(VENV)/.bench
 
 # On a GPU, with the packages that PYTHON has, or that lie in a folder named by PYTHONPATH, offline:
 # both stop after BUDGET seconds, as does the second half of `bench`, and go on where they stopped when
-# they are run again.
+# they are run again. Tests run in WORKERS processes where pytest-xdist is installed; a GPU that hangs
+# takes one of them with it, where pytest-timeout is.
 BUDGET ?= 400
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(max(1, min(14, (os.cpu_count() or 1) - 2)))')
+LOG ?= test-gpu.log
 GPU_TESTS = tests/test_gpu.py tests/test_golden.py tests/test_convolutions.py tests/test_boxes.py \
 	tests/test_passes.py tests/test_pool.py tests/test_resize.py tests/test_joined.py \
 	tests/test_exchanged.py tests/test_fused.py
+# $(call where,STATEMENT,WORDS): the words, if Python can run the statement
+where = $(shell PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -c '$(1)' 2>/dev/null && echo '$(2)')
 
 test-gpu:
-	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest $(GPU_TESTS) --budget $(BUDGET) --resume -o filterwarnings=default
+	PYTHONPATH=.:tests:$$PYTHONPATH $(PYTHON) -m pytest $(GPU_TESTS) -p budget --budget $(BUDGET) --resume --log $(LOG) \
+		$(call where,import xdist,-n $(WORKERS) --dist load --maxschedchunk 1) \
+		$(call where,import pytest_timeout,--timeout 120) \
+		$(call where,import xdist; import pytest_timeout,--timeout-method thread) \
+		-q --tb=short -rN --disable-warnings -o filterwarnings=default
 
 bench-gpu:
 	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m cassetta bench --budget $(BUDGET)

@@ -25,6 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cassetta.kernels import (
     activations,
+    buffers,
     configs,
     conv_dgrad,
     conv_fprop,
@@ -70,14 +71,17 @@ class Report(NamedTuple):
     spilled: int  # bytes of stack
     shared: int  # bytes
     tensor_cores: str  # the instructions, "" for none
+    shortage: str = ""  # of buffers, in words
 
     @property
     def excess(self) -> str | None:
         """What is wrong with it, in words; None if nothing is."""
+        most, found = SHARED[self.arch], []
         if self.spilled:
-            return f"{self.spilled} bytes of registers spill"
-        most = SHARED[self.arch]
-        return f"{self.shared} bytes of shared memory, of {most}" if self.shared > most else None
+            found.append(f"{self.spilled} bytes of registers spill")
+        if self.shared > most:
+            found.append(f"{self.shared} bytes of shared memory, of {most}")
+        return "; ".join([*found, *filter(None, [self.shortage])]) or None
 
 
 @contextmanager
@@ -281,7 +285,7 @@ def _signature(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) ->
 
 def _compiled(
     kernel: Any, source: Any, options: dict[str, int], arch: int
-) -> tuple[int, int, int, str]:
+) -> tuple[int, int, int, str, str]:
     target = GPUTarget("cuda", arch, 32)
     options = {**options, **tile.OPTIONS}
     built: Any = triton.compile(source, target=target, options=options)
@@ -291,7 +295,8 @@ def _compiled(
     # (triton 3.9 has been seen to reserve a byte that nothing reads or writes)
     if stack and not re.search(r"\b(STL|LDL)\b", _told(built.asm["cubin"], "-sass")):
         stack = 0
-    return usage["REG"], stack, built.metadata.shared, found
+    few = "; ".join(map(str, buffers.shortages(built.asm["ttgir"])))
+    return usage["REG"], stack, built.metadata.shared, found, few
 
 
 def _usage(cubin: bytes) -> dict[str, int]:

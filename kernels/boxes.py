@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from cassetta.kernels import layout
+from cassetta.kernels import layout, machine
 
 Box = tuple[int, int, int]
 NO_BOX: Box = (0, 0, 0)
@@ -23,7 +23,7 @@ LONGEST = 256
 
 def are_copied(device: torch.device) -> bool:
     """Whether what runs there copies boxes: newer GPUs, and what stands for one in tests."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+    return device.type != "cuda" or machine.capability(device) >= (9, 0)
 
 
 @functools.lru_cache(4096)

@@ -6,6 +6,7 @@ strides: of samples, channels and voxels; so one kernel serves channels-first (t
 """
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -273,6 +274,6 @@ def in_words(*images: Tensor) -> bool:
 def launch(kernel: Any, x: Tensor, config: AnyConfig, *args: Any, **constants: Any) -> None:
     """Start the kernel on the device of x, which need not be the current one."""
     if config.programs:
-        with torch.cuda.device_of(x):
-            constants |= {**config.blocks, **config.options, **OPTIONS}
+        constants |= {**config.blocks, **config.options, **OPTIONS}
+        with torch.cuda.device_of(x) if x.is_cuda else nullcontext():
             kernel[(config.programs,)](*args, **constants)

@@ -7,24 +7,28 @@ are imported, so they are imported here; afterwards the environment is as users 
 fixture `kernels` asks again.
 """
 
-import hashlib
-import importlib.metadata
 import importlib.util
 import itertools
 import os
-import time
-from pathlib import Path
 
 import pytest
 import torch
 
 from cassetta.kernels import boxes, dispatch, evidence, plans
 
+pytest_plugins = ["budget"]
+
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 RUNNER = "gpu" if DEVICE == "cuda" else "interpreter"
 """Who runs kernels in tests; "simulator" by --simulate."""
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--simulate", type=int, choices=(80, 90), help="run kernels as on such a GPU, on the CPU"
+    )
 
 
 def pytest_configure(config):
@@ -53,66 +57,13 @@ def _simulate(arch):
     boxes.are_copied = lambda device: arch >= 90 if device.type == "cpu" else copied(device)
 
 
-def pytest_addoption(parser):
-    parser.addoption(
-        "--simulate", type=int, choices=(80, 90), help="run kernels as on such a GPU, on the CPU"
-    )
-    parser.addoption("--budget", type=float, help="seconds after which no further test begins")
-    parser.addoption(
-        "--resume", action="store_true",
-        help="leave out what has passed before, of the same source, GPU and versions",
-    )  # fmt: skip
-
-
-def _place():
-    """Where it is kept what has passed: under a fingerprint of all that a test depends on."""
-    root = Path(__file__).parent.parent
-    gpu = torch.cuda.get_device_name() if DEVICE == "cuda" else ""
-    triton = importlib.metadata.version("triton") if HAS_TRITON else ""
-    digest = hashlib.sha256(f"{gpu} {torch.__version__} {triton}".encode())
-    for folder in ("cassetta", "kernels", "tests"):
-        for path in sorted((root / folder).rglob("*.py")):
-            digest.update(path.read_bytes())
-    return f"cassetta/passed-{digest.hexdigest()[:12]}"
-
-
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--simulate") is None:
         for item in items:
             if item.get_closest_marker("simulated"):
                 item.add_marker(pytest.mark.skip("runs in the simulator: --simulate 80 or 90"))
-    if config.getoption("--resume"):
-        passed = set(config.cache.get(_place(), []))
-        config.cassetta_left_out = [item for item in items if item.nodeid in passed]
-        items[:] = [item for item in items if item.nodeid not in passed]
-        config.hook.pytest_deselected(items=config.cassetta_left_out)
 
 
-def pytest_sessionstart(session):
-    session.config.cassetta_start = time.monotonic()
-
-
-def pytest_runtest_logreport(report):
-    if report.when == "call" and report.passed:
-        _passed.append(report.nodeid)
-
-
-def pytest_runtest_teardown(item):
-    budget = item.config.getoption("--budget")
-    if budget and time.monotonic() - item.config.cassetta_start > budget:
-        item.session.shouldstop = f"the budget of {budget:.0f} s is spent: --resume goes on"
-
-
-def pytest_sessionfinish(session, exitstatus):
-    config = session.config
-    if config.getoption("--resume"):
-        before = config.cache.get(_place(), [])
-        config.cache.set(_place(), sorted({*before, *_passed}))
-        if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and config.cassetta_left_out:
-            session.exitstatus = pytest.ExitCode.OK  # nothing is left to be done
-
-
-_passed: list[str] = []
 _numbers = itertools.count()
 
 

@@ -139,8 +139,10 @@ def test_a_fault_is_an_excess():
 from cassetta.kernels.aot import Report
 good = Report("k", "c", 90, 32, 0, 1000, "")
 print(good.excess, good._replace(spilled=8).excess, good._replace(shared=300_000).excess, sep="|")
+print(good._replace(spilled=8, shortage="few").excess)
 """)
-    assert out == "None|8 bytes of registers spill|300000 bytes of shared memory, of 232448"
+    spilled, large, both = "8 bytes of registers spill", "300000 bytes of shared memory", "few"
+    assert out.splitlines() == [f"None|{spilled}|{large}, of 232448", f"{spilled}; {both}"]
 
 
 def test_a_spill_is_seen():
@@ -163,7 +165,8 @@ print([report.spilled > 0 for report in reports])
 
 
 @pytest.mark.parametrize(
-    ("fault", "code"), [({}, 0), ({"spilled": 8}, 1), ({"shared": 300_000}, 1)]
+    ("fault", "code"),
+    [({}, 0), ({"spilled": 8}, 1), ({"shared": 300_000}, 1), ({"shortage": "too few"}, 1)],
 )
 def test_a_fault_is_the_exit_code(fault, code):
     out = run(f"""

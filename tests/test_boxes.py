@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_convolutions import CASES, assert_as_good_as_torch, problem
 
-from cassetta.kernels import boxes, configs, dispatch, layout, plans, reference
+from cassetta.kernels import boxes, configs, dispatch, layout, machine, plans, reference
 from cassetta.kernels.types import NOTHING, Geometry
 
 tile = pytest.importorskip("cassetta.kernels.tile")
@@ -147,14 +147,14 @@ def test_strides_of_an_image():
 
 
 def test_who_copies_boxes(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(machine, "capability", lambda device: (8, 9))
     device = torch.device("cuda")
     assert not boxes.are_copied(device)
     product = plans.Product("conv_fprop", (1, 8, 64), 8, (3,), UNIT, torch.float16)
     assert not any(plan.boxes for plan in plans.candidates(product, device))
     with plans.use_plan(plans.GemmPlan(boxes=True)):
         gathered = configs.gemm(product, 1, (1, 1, 64), device, False, lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        monkeypatch.setattr(machine, "capability", lambda device: (9, 0))
         boxed = configs.gemm(product, 1, (1, 1, 64), device, False, lambda: True)
         scattered = configs.gemm(product, 1, (1, 1, 64), device, False, lambda: False)
     assert gathered.box == scattered.box == boxes.NO_BOX

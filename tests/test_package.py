@@ -178,19 +178,3 @@ def test_the_wheel_installed_works_from_another_folder(wheel, tmp_path):
         assert " at fault" in found
         assert ", 0 at fault" in found
     assert "triton" in python(bin_ / "python", "-m", "cassetta", "doctor", cwd=tmp_path)
-
-
-def test_what_has_passed_is_left_out_when_tests_are_resumed(tmp_path):
-    """Which `make test-gpu` relies on; and a run that has nothing left to do is no failure."""
-    line = [sys.executable, "-m", "pytest", "tests/test_dropout.py", "-o", f"cache_dir={tmp_path}"]
-    line += ["--resume", "-q"]
-    stopped = subprocess.run([*line, "--budget", "0.001"], cwd=ROOT, capture_output=True, text=True)
-    assert stopped.returncode == pytest.ExitCode.INTERRUPTED
-    assert "the budget of 0 s is spent" in stopped.stdout
-    assert "1 passed" in stopped.stdout
-    rest, nothing = (python(*line, cwd=ROOT) for _ in range(2))  # neither of which fails
-    assert "1 deselected" in rest
-    assert "passed" not in nothing
-    (path,) = tmp_path.rglob("passed-*")
-    path.rename(path.with_name("passed-other"))  # as another source, GPU or version would have it
-    assert "deselected" not in python(*line, cwd=ROOT)

@@ -1,6 +1,7 @@
 """Compile every kernel ahead of time, without a GPU, and print what it costs on each architecture.
 
-The exit code is 1 if a kernel spills registers or needs more shared memory than there is.
+The exit code is 1 if a kernel spills registers, needs more shared memory than there is, or has
+fewer buffers than its asynchronous products need (`kernels.buffers`).
 """
 
 import argparse
