@@ -1,6 +1,5 @@
 """Shows the simulator to Triton as a driver, so that ordinary launches run on CPU tensors."""
 
-import contextlib
 import struct
 import time
 from collections.abc import Iterator
@@ -249,8 +248,7 @@ class SimDriver(DriverBase):
 def install(target: tuple[str, int, int] = ("cuda", 80, 32), assemble: bool = False) -> SimDriver:
     """Every launch from now on runs in the simulator, compiled for this target.
 
-    Also makes `torch.cuda.device_of` accept CPU tensors, as launchers ask it for the device. Unless
-    `assemble`, ptxas is not run, and Triton's cache keeps such kernels apart from others.
+    Unless `assemble`, ptxas is not run, and Triton's cache keeps such kernels apart from others.
 
     Raises
     ------
@@ -263,7 +261,6 @@ def install(target: tuple[str, int, int] = ("cuda", 80, 32), assemble: bool = Fa
         )
     driver = SimDriver(target)
     triton.runtime.driver.set_active(driver)
-    torch.cuda.device_of = lambda tensor: contextlib.nullcontext()  # type: ignore[assignment]
     if not assemble and not hasattr(CUDABackend, "with_ptxas"):
         CUDABackend.with_ptxas = CUDABackend.hash
         CUDABackend.hash = lambda self: f"{self.with_ptxas()}-without-ptxas"
