@@ -31,7 +31,7 @@ LAYOUTS = ["first", "last", "words"]
 @pytest.fixture(autouse=True)
 def options(monkeypatch):
     """The simulator's, as they were after each test."""
-    for name in ("worst", "races", "factors"):
+    for name in ("worst", "races", "factors", "copies"):
         monkeypatch.setattr(ptxsim.Options, name, getattr(ptxsim.Options, name))
     return ptxsim.Options
 
@@ -102,6 +102,8 @@ def test_convolutions_and_their_gradients(name, how, kind, pending, activation, 
 
 
 def assert_right(name, how, device, kind="first", pending=False, activation="relu"):
+    """Whatever is copied ahead, or not, has its address inside the tensor."""
+    ptxsim.Options.copies = True
     q = test_convolutions.problem(name, PRECISIONS[how], device, pending, activation)
     for key in ("x", "x2", "g", "r", "coarse"):
         q[key] = laid_out(q[key], kind)

@@ -34,6 +34,7 @@ class Options:
     worst = False  # approximations as far off as the PTX ISA allows
     races = True  # find accesses to shared memory without a barrier between them
     factors = False  # find registers of `a` that are set while a wgmma may read them
+    copies = False  # what `cp.async` copies nothing from must lie inside a tensor, too
     lanes = 8192  # threads of the CTAs that run at once
     log: list[Any] | None = None  # if a list: (kernel, CTAs, CTA-instructions, seconds) of each
 
@@ -130,7 +131,7 @@ class Launcher:
             )
         launch = Launch(
             program, grid, 32 * self.metadata.num_warps, arguments, memory, self.metadata.shared,
-            Options.races, Options.lanes, Options.factors,
+            Options.races, Options.lanes, Options.factors, Options.copies,
         )  # fmt: skip
         numerics.WORST[0] = Options.worst
         start = time.process_time()
