@@ -58,10 +58,15 @@ def _simulate(arch):
 
 
 def pytest_collection_modifyitems(config, items):
+    """Where kernels are simulated, nothing runs but what runs kernels."""
     if config.getoption("--simulate") is None:
         for item in items:
             if item.get_closest_marker("simulated"):
                 item.add_marker(pytest.mark.skip("runs in the simulator: --simulate 80 or 90"))
+        return
+    wanted = [i for i in items if i.get_closest_marker("simulated") or "kernels" in i.fixturenames]
+    config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+    items[:] = wanted
 
 
 _numbers = itertools.count()

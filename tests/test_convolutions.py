@@ -206,8 +206,8 @@ def test_an_empty_batch(kernels):
 def test_what_is_masked_lies_inside_too(name, kernels, monkeypatch):
     """Of operands, each lane has an address in the tensor: copies of nothing have accessed it."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
-    if DEVICE == "cuda":
-        pytest.skip("the interpreter tells addresses")
+    if RUNNER != "interpreter":
+        pytest.skip("the interpreter tells addresses; the simulator checks them itself")
     bounds, checked = [], []
     launch, load = tile.launch, interpreter.InterpreterBuilder.create_masked_load
 

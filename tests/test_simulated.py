@@ -5,6 +5,8 @@ memory, software pipelines, tensor cores, bfloat16, TF32 and, on sm_90, TMA. An 
 bounds, a race in shared memory or an instruction that runs too early raises, whatever the result.
 """
 
+import re
+
 import pytest
 import torch
 
@@ -15,8 +17,9 @@ import test_passes
 import test_pool
 import test_resize
 from conftest import RUNNER
+from ptxsim import driver
 
-from cassetta.kernels import activations, dispatch, layout, plans, precision, reference
+from cassetta.kernels import activations, conv_fprop, dispatch, layout, plans, precision, reference
 from cassetta.kernels.types import NOTHING, Activation, Geometry, Pooling, Prologue
 
 pytestmark = pytest.mark.simulated
@@ -28,7 +31,7 @@ LAYOUTS = ["first", "last", "words"]
 @pytest.fixture(autouse=True)
 def options(monkeypatch):
     """The simulator's, as they were after each test."""
-    for name in ("worst", "races", "factors"):
+    for name in ("worst", "races", "factors", "copies"):
         monkeypatch.setattr(ptxsim.Options, name, getattr(ptxsim.Options, name))
     return ptxsim.Options
 
@@ -99,6 +102,8 @@ def test_convolutions_and_their_gradients(name, how, kind, pending, activation, 
 
 
 def assert_right(name, how, device, kind="first", pending=False, activation="relu"):
+    """Whatever is copied ahead, or not, has its address inside the tensor."""
+    ptxsim.Options.copies = True
     q = test_convolutions.problem(name, PRECISIONS[how], device, pending, activation)
     for key in ("x", "x2", "g", "r", "coarse"):
         q[key] = laid_out(q[key], kind)
@@ -267,6 +272,37 @@ def test_variances_are_not_negative(activation, shape, kernels):
     assert (moments.var >= 0).all()
     rstd = passes.norm_finalize(moments, None, None, None, 1e-6, Pooling("instance"))[2]
     assert rstd.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"bar\.sync\s+0;", r"cp\.async\.wait_group\s+\d+;", r"wgmma\.wait_group\.sync\.aligned\s+\d;"],
+)
+def test_a_convolution_that_does_not_wait_is_found_out(pattern, kernels, request, monkeypatch):
+    """What this file asserts, it can see: barriers and waits are taken away from the PTX."""
+    if "wgmma" in pattern:
+        request.getfixturevalue("hopper")
+    x, w = torch.randn(1, 16, 300).to(kernels, BF16), torch.randn(16, 16, 3).to(kernels, BF16)
+    unit = Geometry((1,), ((1, 1),), (1,))
+    whole, caches = driver._ptx, conv_fprop._conv_kernel.device_caches
+
+    def less(metadata):
+        text, count = re.subn(pattern, "", whole(metadata))
+        assert count
+        return text
+
+    def run():
+        caches.clear()
+        return dispatch.passes(x).conv_fprop(x, NOTHING, w, None, unit)[0]
+
+    assert run().isfinite().all()
+    monkeypatch.setattr(driver, "_ptx", less)
+    try:
+        assert run().isnan().any()  # of a copy that has not arrived
+    except ptxsim.RaceError:
+        assert "cp.async" not in pattern
+    finally:
+        caches.clear()
 
 
 def test_kernels_run_in_the_simulator(kernels, options, monkeypatch):

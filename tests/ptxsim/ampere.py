@@ -103,6 +103,8 @@ class Ampere:
         if at is not None:
             to, of, source = to[at], of[at], source[at]
         where = self.shared.locate(ins, t, at, to, size, "copy")
+        if self.launch.copies:  # also of nothing
+            self.launch.memory.spans(ins, t, at, of, size, min(size, 8), "copy")
         data = np.zeros((len(where), size // 4), np.uint32)
         if not np.isin(source, (0, size)).all():
             raise SimulationError(f"a part of {size} bytes is copied by {ins.text!r} ({ins.place})")

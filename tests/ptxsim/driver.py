@@ -1,6 +1,5 @@
 """Shows the simulator to Triton as a driver, so that ordinary launches run on CPU tensors."""
 
-import contextlib
 import struct
 import time
 from collections.abc import Iterator
@@ -35,6 +34,7 @@ class Options:
     worst = False  # approximations as far off as the PTX ISA allows
     races = True  # find accesses to shared memory without a barrier between them
     factors = False  # find registers of `a` that are set while a wgmma may read them
+    copies = False  # what `cp.async` copies nothing from must lie inside a tensor, too
     lanes = 8192  # threads of the CTAs that run at once
     log: list[Any] | None = None  # if a list: (kernel, CTAs, CTA-instructions, seconds) of each
 
@@ -131,7 +131,7 @@ class Launcher:
             )
         launch = Launch(
             program, grid, 32 * self.metadata.num_warps, arguments, memory, self.metadata.shared,
-            Options.races, Options.lanes, Options.factors,
+            Options.races, Options.lanes, Options.factors, Options.copies,
         )  # fmt: skip
         numerics.WORST[0] = Options.worst
         start = time.process_time()
@@ -249,8 +249,7 @@ class SimDriver(DriverBase):
 def install(target: tuple[str, int, int] = ("cuda", 80, 32), assemble: bool = False) -> SimDriver:
     """Every launch from now on runs in the simulator, compiled for this target.
 
-    Also makes `torch.cuda.device_of` accept CPU tensors, as launchers ask it for the device. Unless
-    `assemble`, ptxas is not run, and Triton's cache keeps such kernels apart from others.
+    Unless `assemble`, ptxas is not run, and Triton's cache keeps such kernels apart from others.
 
     Raises
     ------
@@ -263,7 +262,6 @@ def install(target: tuple[str, int, int] = ("cuda", 80, 32), assemble: bool = Fa
         )
     driver = SimDriver(target)
     triton.runtime.driver.set_active(driver)
-    torch.cuda.device_of = lambda tensor: contextlib.nullcontext()  # type: ignore[assignment]
     if not assemble and not hasattr(CUDABackend, "with_ptxas"):
         CUDABackend.with_ptxas = CUDABackend.hash
         CUDABackend.hash = lambda self: f"{self.with_ptxas()}-without-ptxas"

@@ -25,6 +25,7 @@ class Launch:
     def __init__(
         self, program: Program, grid: tuple[int, int, int], threads: int, arguments: dict[str, Any],
         memory: Global, shared: int, races: bool = True, lanes: int = 8192, factors: bool = False,
+        copies: bool = False,
     ) -> None:  # fmt: skip
         self.program, self.threads, self.memory = program, threads, memory
         self.arguments = arguments
@@ -33,7 +34,7 @@ class Launch:
         self.ntid = np.array([threads], np.uint32)
         self.zero, self.one = np.zeros(1, np.uint32), np.ones(1, np.uint32)
         self.shared_size = max(shared, program.kernel.static_size)
-        self.races, self.factors = races, factors
+        self.races, self.factors, self.copies = races, factors, copies
         self.batch_size = max(1, lanes // threads)
         self.instructions = 0  # CTA-instructions
         self.addresses = {name: 0x1000 + 128 * k for k, name in enumerate(arguments)}
