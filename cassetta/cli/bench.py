@@ -105,8 +105,10 @@ def _measure(console: Console, plan: bench.Plan) -> None:
         console.print(_table(group, found, before - budget.left))
         before = budget.left
 
-    complete = bench.run(plan, report, budget)
-    console.print(budget.table())
+    try:
+        complete = bench.run(plan, report, budget)
+    finally:  # when it is interrupted, too
+        console.print(budget.table())
     folder = rows.path_of(plan.out, "", known).parent
     console.print(f"\n{nb_groups} groups of rows measured now; all are in {folder}", markup=False)
     if not complete:

@@ -129,7 +129,7 @@ def _fill(group: Group, plan: Plan, found: dict[peers.Rival, Row], budget: Budge
     layouts = list(dict.fromkeys(rival.layout for rival in found))
     with budget.spending("roofs"):
         best = roofs.roofs(plan.device, task.dtype)
-    with budget.spending("truth"):
+    with budget.part(f"truth, {group.kind}"), budget.spending("truth"):
         kind = PassStage if group.case.group == "pass" else NetworkStage
         stage = kind(task, layouts, best, budget)
     ready: dict[peers.Rival, Ready] = {}
