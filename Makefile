@@ -46,8 +46,10 @@ GPU_TESTS = tests/test_gpu.py tests/test_golden.py tests/test_convolutions.py te
 # $(call where,STATEMENT,WORDS): the words, if Python can run the statement
 where = $(shell PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -c '$(1)' 2>/dev/null && echo '$(2)')
 
+# inductor compiles in each process by itself: pools of processes in processes take longer to begin
 test-gpu:
-	PYTHONPATH=.:tests:$$PYTHONPATH $(PYTHON) -m pytest $(GPU_TESTS) -p budget --budget $(BUDGET) --resume --log $(LOG) \
+	PYTHONPATH=.:tests:$$PYTHONPATH TORCHINDUCTOR_COMPILE_THREADS=1 $(PYTHON) -m pytest $(GPU_TESTS) \
+		-p budget --budget $(BUDGET) --resume --log $(LOG) \
 		$(call where,import xdist,-n $(WORKERS) --dist load --maxschedchunk 1) \
 		$(call where,import pytest_timeout,--timeout 120) \
 		$(call where,import xdist; import pytest_timeout,--timeout-method thread) \
@@ -60,7 +62,7 @@ docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) build site *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build site *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks test-gpu.log
 
 # a stamp per extra: installed again when pyproject.toml changes
 $(VENV)/.%: pyproject.toml | $(BIN)/python

@@ -6,15 +6,20 @@ kept, and tells each worker when to stop and what to leave out. Everything is wr
 run may be killed.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
+import math
 import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+GRACE = 10  # seconds that a test may go on after the end, before it is left
 START = time.time()  # before torch is imported, with `-p budget`
 
 
@@ -73,6 +78,15 @@ class Share:
         self.late += 1
         return True
 
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self):
+        with _alarm(self.end + GRACE - time.time(), self._leave):
+            return (yield)
+
+    def _leave(self, *_):
+        self.late += 1
+        pytest.skip("the budget is spent")
+
     def pytest_runtest_logreport(self, report):
         self.has_failed |= report.failed
 
@@ -108,7 +122,7 @@ class Controller:
         if self.log is not None:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             self.log.write_text("")
-        self.share = START + (self.budget or float("inf")), passed, failed
+        self.share = START + (self.budget or math.inf), passed, failed
         self.reasons = {}  # by the names of the tests that failed
         self.before = self.late = 0
 
@@ -165,6 +179,24 @@ class Controller:
             say(f"the budget of {self.budget:g} s is spent, {self.late} tests are left: "
                 "--resume goes on")  # fmt: skip
         return (yield)
+
+
+@contextlib.contextmanager
+def _alarm(seconds, handle):
+    """Call `handle` if this takes longer, unless somebody else's alarm comes first."""
+    clock = getattr(signal, "ITIMER_REAL", None)  # which Windows has not
+    other = 0.0 if clock is None else signal.getitimer(clock)[0]
+    in_main = threading.current_thread() is threading.main_thread()
+    if clock is None or not in_main or math.isinf(seconds) or 0 < other < seconds:
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, handle)
+    signal.setitimer(clock, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(clock, other)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _read(path, fingerprint):

@@ -56,6 +56,13 @@ def test_skipped(): pytest.skip("not here")
 def test_other(): pass
 """
 )
+LONG = """
+import time, budget
+
+budget.GRACE = 0.1
+
+def test_long(): time.sleep(60)
+"""
 LOST = """
 import torch
 
@@ -132,6 +139,15 @@ def test_a_run_stops_tells_of_failures_and_goes_on(run):
     code, out, order = run(*words, version="2")
     assert (code, order) == (pytest.ExitCode.OK, [])
     assert "4 tests passed before, and are left out" in out
+
+
+def test_a_test_that_outlasts_the_budget_is_left(run):
+    """So that what is known is told, where somebody else ends the run soon after."""
+    (run.folder / "test_long.py").write_text(LONG)
+    code, out, _ = run("test_long.py", "--budget", "8")
+    assert code == pytest.ExitCode.INTERRUPTED
+    assert "1 skipped" in out
+    assert "the budget of 8 s is spent, 1 tests are left: --resume goes on" in out
 
 
 def test_a_gpu_that_is_lost_is_not_used_again(run):

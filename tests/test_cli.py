@@ -553,6 +553,7 @@ def test_bench_measures_and_goes_on(tmp_path, monkeypatch, capsys):
     assert main(BENCH) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "block-5-d1, inference" in out
+    assert "s went, of 500 s" in out
     assert torch.cuda.is_available() or "These are figures of a CPU, for tiny images" in out
     assert torch.cuda.is_available() or re.search(r"reference first [\d. ]+ x eager first", out)
     (path,) = (tmp_path / "bench" / "results").glob("*/block.csv")

@@ -12,6 +12,7 @@ from cassetta.kernels import dispatch
 from cassetta.layers import ConvBlock, blocks
 from cassetta.measure import bench, cases, charts, correct, passes, peers, roofs, rows, stages
 from cassetta.measure.passes import in_memory
+from cassetta.measure.spending import Budget
 
 CPU = torch.device("cpu")
 
@@ -110,16 +111,57 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch):
     assert len(found) == 2 + 4 + 2 + 2
 
 
-def test_the_budget_stops_between_cases(tmp_path, monkeypatch):
-    now = iter(range(0, 10_000, 100))
-    monkeypatch.setattr(time, "monotonic", lambda: next(now))
-    one = plan(tmp_path, "block-5-d1", "block-5-d2", "block-5-d4", budget=250)
+@pytest.fixture
+def clock(monkeypatch):
+    """The time, which only those move who measure: seconds by group of cases."""
+    fake = SimpleNamespace(now=0.0, takes={"network": 100.0, "block": 10.0})
+    monkeypatch.setattr(time, "monotonic", lambda: fake.now)
+
+    def measure(group, plan, budget):
+        fake.now += fake.takes[group.case.group]
+        return [{**bench._empty(group, plan, one), "ms": 1.0} for one in bench._rivals(group, plan)]
+
+    monkeypatch.setattr(bench, "measure", measure)
+    return fake
+
+
+def test_what_would_not_end_within_the_budget_is_not_begun(tmp_path, clock):
+    """By what its kind has taken; what is shorter is, and another run goes on."""
+    one = plan(tmp_path, "block-5-d1", "meshnet", "unet3d-instance", "block-5-d2", budget=205)
     reported, complete = run(one)
     assert not complete
-    assert [group.case.name for group, _ in reported] == ["block-5-d1", "block-5-d2"]
+    assert [group.case.name for group, _ in reported] == ["block-5-d1", "meshnet", "block-5-d2"]
+    assert clock.now == 120
     reported, complete = run(one)
     assert complete
-    assert [group.case.name for group, _ in reported] == ["block-5-d4"]
+    assert [group.case.name for group, _ in reported] == ["unet3d-instance"]
+
+
+def test_a_group_that_cannot_end_in_time_leaves_no_row(tmp_path, monkeypatch):
+    """Its rivals are compared: some of them would tell nothing."""
+    budget, prepare = Budget(60), stages.NetworkStage.prepare
+
+    def slow(self, rival):
+        budget.seconds = 0.0
+        return prepare(self, rival)
+
+    monkeypatch.setattr(stages.NetworkStage, "prepare", slow)
+    one, reported = plan(tmp_path, "block-5-d1", layouts=["first"]), []
+    assert not bench.run(one, lambda group, found: reported.append(group), budget)
+    assert not reported
+    assert not written(tmp_path)
+
+
+def test_it_is_told_where_the_time_went(tmp_path):
+    budget = Budget(1000)
+    bench.run(plan(tmp_path, "block-5-d1", layouts=["first"]), lambda *_: None, budget)
+    assert {*budget.spent} == {
+        ("all engines", "roofs"), ("all engines", "truth"),
+        ("reference", "first run"), ("reference", "check"), ("reference", "memory"),
+        ("eager", "first run"), ("eager", "memory"),
+        ("reference", "timing"), ("eager", "timing"),
+    }  # fmt: skip
+    assert 0 < sum(budget.spent.values()) <= 1000 - budget.left
 
 
 def test_a_wrong_engine_has_no_number(tmp_path, monkeypatch):

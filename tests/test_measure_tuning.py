@@ -226,7 +226,10 @@ def test_a_budget_stops_and_a_later_call_goes_on(monkeypatch, open_choice):
     stopped = tune(net, image, budget=-1)
     assert (len(stopped), stopped.left, stopped.is_complete) == (0, 2, False)
     assert "2 blocks are left" in str(stopped)
-    assert tune(net, image, budget=60).is_complete
+    done = tune(net, image, budget=60)
+    assert done.is_complete
+    assert {"check", "timing"} <= {what for _, what in done.budget.spent}
+    assert {"library", "reference"} <= {whom for whom, _ in done.budget.spent}
 
 
 def test_where_nothing_can_be_chosen_the_reason_is_told():

@@ -16,6 +16,7 @@ from rich.table import Table
 from cassetta.cli import network
 from cassetta.cli.errors import CommandError, need, writable
 from cassetta.measure import bench, cases, charts, peers, rows
+from cassetta.measure.spending import Budget
 
 RESULTS = Path("bench/results")
 SHOWN = ("engine", "layout", "ms", "p20", "p80", "peak_mib", "kept_mib", "roof_fraction")
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several("--layout", peers.LAYOUTS, "where channels lie in memory: first, last [both]")
     parser.add_argument(
         "--budget", type=float, default=500,
-        help="seconds after which no further case begins [500]",
+        help="seconds within which all ends: what would take longer is not begun [500]",
     )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, help=f"folder for results [{RESULTS} if there is one, or else this one]"
@@ -95,23 +96,32 @@ def _measure(console: Console, plan: bench.Plan) -> None:
             "These are figures of a CPU, for tiny images, without any kernel of this package: "
             "they show that the command works, and nothing about GPUs."
         )
-    nb_groups = 0
+    nb_groups, budget = 0, Budget(plan.budget)
+    before = budget.left
 
     def report(group: bench.Group, found: list[rows.Row]) -> None:
-        nonlocal nb_groups
+        nonlocal nb_groups, before
         nb_groups += 1
-        console.print(_table(group, found))
+        console.print(_table(group, found, before - budget.left))
+        before = budget.left
 
-    complete = bench.run(plan, report)
+    try:
+        complete = bench.run(plan, report, budget)
+    finally:  # when it is interrupted, too
+        console.print(budget.table())
     folder = rows.path_of(plan.out, "", known).parent
     console.print(f"\n{nb_groups} groups of rows measured now; all are in {folder}", markup=False)
     if not complete:
-        console.print(f"the budget of {plan.budget:.0f} s is spent: run it again, and it goes on")
+        console.print(
+            f"the budget of {plan.budget:g} s leaves no time for the others: run it again, and it "
+            "goes on"
+        )
 
 
-def _table(group: bench.Group, found: list[rows.Row]) -> Table:
+def _table(group: bench.Group, found: list[rows.Row], seconds: float) -> Table:
     cost = next((f": {COST.format(**row)}" for row in found if row["gflop"]), "")
-    table = Table(title=f"\n{group.title}{cost}", title_justify="left", box=None, pad_edge=False)
+    title = f"\n{group.title}, in {seconds:.1f} s{cost}"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for name in SHOWN:
         justify = "left" if name in ("engine", "layout") else "right"
         table.add_column(name.replace("_mib", " MiB").replace("_", " "), justify=justify)

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--inference", action="store_true", help="rather than training")
     parser.add_argument(
         "--budget", type=float, default=500, metavar="S",
-        help="seconds after which no further block begins [500]",
+        help="seconds within which all ends: what would take longer is not begun [500]",
     )  # fmt: skip
     parser.add_argument("--again", action="store_true", help="measure anew what was measured")
     parser.add_argument("--device", default="auto", help="[auto]")
@@ -58,6 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
                 raise CommandError(str(error).splitlines()[0]) from error
         console.print(f"[bold]{name}[/], {' x '.join(map(str, shape))}")
         console.print(str(found), markup=False)
+        if found.budget.spent:
+            console.print(found.budget.table())
         if not found.is_complete:
             break
         if len(found):

@@ -12,6 +12,7 @@ import torch
 from cassetta.measure import passes, peers, roofs, rows
 from cassetta.measure.cases import Case
 from cassetta.measure.rows import Row
+from cassetta.measure.spending import Budget, OutOfTime
 from cassetta.measure.stages import PASSES, NetworkStage, PassStage, Ready, Task, Wrong
 from cassetta.measure.timing import interleaved
 
@@ -49,6 +50,11 @@ class Group(NamedTuple):
         """What it is called in words."""
         return f"{self.case.name}, {self.what}, {self.dtype}, {self.mode}"
 
+    @property
+    def kind(self) -> str:
+        """Groups of which kind take about as long."""
+        return f"{self.case.group}, {self.mode}"
+
 
 def groups(plan: Plan) -> Iterator[Group]:
     """All that a plan asks for, in the order of its modes, cases, dtypes and passes."""
@@ -61,8 +67,13 @@ def groups(plan: Plan) -> Iterator[Group]:
                     yield from (Group(case, what, dtype, mode) for what in passes.NAMES)
 
 
-def run(plan: Plan, report: Callable[[Group, list[Row]], None]) -> bool:
+def run(
+    plan: Plan, report: Callable[[Group, list[Row]], None], budget: Budget | None = None
+) -> bool:
     """Measure what has not been measured yet; whether there was time for all of it.
+
+    What would not end in time, by what its kind has taken so far, is not begun; what is shorter and
+    comes later is.
 
     Parameters
     ----------
@@ -71,8 +82,10 @@ def run(plan: Plan, report: Callable[[Group, list[Row]], None]) -> bool:
         are not measured again, unless it says so.
     report : callable
         Called with the rows of each group, once they are written.
+    budget : Budget, optional
+        Where seconds are counted; by default, those of the plan from now on.
     """
-    start = time.monotonic()
+    budget, complete = budget or Budget(plan.budget), True
     known = rows.facts(plan.device)
     with _tuned():
         for group in groups(plan):
@@ -81,51 +94,66 @@ def run(plan: Plan, report: Callable[[Group, list[Row]], None]) -> bool:
             asked = {rows.key(_empty(group, plan, one)) for one in _rivals(group, plan)}
             if asked <= have:
                 continue
-            if time.monotonic() - start > plan.budget:
-                return False
-            found = [rows.rounded({**row, **known}) for row in measure(group, plan)]
+            try:
+                with budget.part(group.kind):
+                    measured = measure(group, plan, budget)
+            except OutOfTime:
+                complete = False
+                continue
+            found = [rows.rounded({**row, **known}) for row in measured]
             rows.append(path, found)
             report(group, found)
-    return True
+    return complete
 
 
-def measure(group: Group, plan: Plan) -> list[Row]:
+def measure(group: Group, plan: Plan, budget: Budget) -> list[Row]:
     """A row for every rival of a group; who cannot run, or is wrong, has an error and no number."""
     torch.manual_seed(0)
     rivals = _rivals(group, plan)
     found = {rival: _empty(group, plan, rival) for rival in rivals}
-    with _recording(list(found.values()), "before any rival ran: "):
-        _fill(group, plan, found)
-    if group.mode != "eager":
-        torch.compiler.reset()
-    _free()
+    try:
+        with _recording(list(found.values()), "before any rival ran: "):
+            _fill(group, plan, found, budget)
+    finally:
+        if group.mode != "eager":
+            torch.compiler.reset()
+        _free()
     ours, theirs = ([found[r] for r in rivals if r.role == role] for role in ("ours", "peer"))
     rows.compare(ours, theirs)
     return list(found.values())
 
 
-def _fill(group: Group, plan: Plan, found: dict[peers.Rival, Row]) -> None:
+def _fill(group: Group, plan: Plan, found: dict[peers.Rival, Row], budget: Budget) -> None:
     """Fill in the rows of rivals, who are in memory no longer than this takes."""
     task = Task(group.case, group.what, DTYPES[group.dtype], plan.device, plan.small)
-    best = roofs.roofs(plan.device, task.dtype)
     layouts = list(dict.fromkeys(rival.layout for rival in found))
-    stage = (PassStage if group.case.group == "pass" else NetworkStage)(task, layouts, best)
+    with budget.spending("roofs"):
+        best = roofs.roofs(plan.device, task.dtype)
+    with budget.part(f"truth, {group.kind}"), budget.spending("truth"):
+        kind = PassStage if group.case.group == "pass" else NetworkStage
+        stage = kind(task, layouts, best, budget)
     ready: dict[peers.Rival, Ready] = {}
     for rival, row in found.items():
-        with _recording([row]):
+        with _recording([row]), budget.part(f"a rival, {group.kind}"):
             ready[rival] = stage.prepare(rival)
     with _recording([found[rival] for rival in ready]):
-        _time(ready, found, plan)
+        _time(ready, found, plan, budget)
 
 
-def _time(ready: dict[peers.Rival, Ready], found: dict[peers.Rival, Row], plan: Plan) -> None:
+def _time(
+    ready: dict[peers.Rival, Ready], found: dict[peers.Rival, Row], plan: Plan, budget: Budget
+) -> None:
     """Fill in the rows of those who are ready."""
     warmup = 3 if plan.device.type == "cuda" else 1
     runs = {rival.label: one.run for rival, one in ready.items()}
-    times = interleaved(runs, plan.device, plan.rounds, warmup, budget=SECONDS)
+    start = time.monotonic()
+    most = min(SECONDS, budget.left)
+    times = interleaved(runs, plan.device, plan.rounds, warmup, budget=most)
+    seconds, all_ms = time.monotonic() - start, sum(one.ms for one in times.values())
     for rival, one in ready.items():
         timing = times[rival.label]
         found[rival].update(timing._asdict(), **one.columns, roof_fraction=one.floor / timing.ms)
+        budget.add("timing", rival.engine, seconds * timing.ms / all_ms)
 
 
 def _rivals(group: Group, plan: Plan) -> list[peers.Rival]:
@@ -149,6 +177,8 @@ def _recording(into: list[Row], when: str = "") -> Iterator[None]:
     why = ""
     try:
         yield
+    except OutOfTime:
+        raise
     except torch.OutOfMemoryError:
         why = "out of memory"
     except Wrong as error:

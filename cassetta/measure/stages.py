@@ -16,10 +16,14 @@ from cassetta.measure import correct, passes, roofs, twins
 from cassetta.measure.cases import Case
 from cassetta.measure.passes import in_memory, tensors
 from cassetta.measure.peers import Rival, in_layout, mode_of
+from cassetta.measure.spending import Budget
 from cassetta.measure.timing import Run, kept_bytes, nb_inputs, peak_bytes
 
 PASSES = ("forward+backward", "inference", "step")
 """Of a network or a block; a step is forward, backward and optimizer."""
+
+FIRST = "first run"
+"""On which seconds are spent where something is compiled."""
 
 MIB = 2**20
 
@@ -54,8 +58,11 @@ class Task(NamedTuple):
 class NetworkStage:
     """A network on several images in turn, each in the layouts asked for."""
 
-    def __init__(self, task: Task, layouts: Sequence[str], best: roofs.Roofs) -> None:
+    def __init__(
+        self, task: Task, layouts: Sequence[str], best: roofs.Roofs, budget: Budget | None = None
+    ) -> None:
         self.task = task
+        self.budget = budget or Budget()
         self.backward = task.what != "inference"
         self.net = task.case.make().to(task.device).train(self.backward)
         dtype = task.case.image_dtype(task.dtype)
@@ -85,15 +92,21 @@ class NetworkStage:
         module = rival.build(own).train(self.backward)
         ours = rival.role == "ours"
         parameters = [*(own if ours else module).parameters()]
-        images = self.images[rival.layout]
+        images, spending = self.images[rival.layout], self.budget.spending
         with rival.asked():
             if ours:
-                found = correct.results(module, parameters, images[0], self.seed, self.task.dtype)
-                if why := correct.agrees(found, self.known[rival.layout]):
-                    raise Wrong(why)
+                with spending(FIRST, rival.engine):
+                    found = correct.results(
+                        module, parameters, images[0], self.seed, self.task.dtype
+                    )
+                with spending("check", rival.engine):
+                    if why := correct.agrees(found, self.known[rival.layout]):
+                        raise Wrong(why)
             run = self._runner(rival, module, parameters)
-            run(0)
-            return Ready(run, self.floor, self._columns(rival, run, module, parameters))
+            with spending(FIRST, rival.engine):
+                run(0)
+            with spending("memory", rival.engine):
+                return Ready(run, self.floor, self._columns(rival, run, module, parameters))
 
     def _columns(
         self, rival: Rival, run: Run, module: nn.Module, parameters: list[Any]
@@ -171,8 +184,11 @@ class NetworkStage:
 class PassStage:
     """A pass over several images in turn, each in the layouts asked for."""
 
-    def __init__(self, task: Task, layouts: Sequence[str], best: roofs.Roofs) -> None:
+    def __init__(
+        self, task: Task, layouts: Sequence[str], best: roofs.Roofs, budget: Budget | None = None
+    ) -> None:
         self.task = task
+        self.budget = budget or Budget()
         self.best = best
         nbytes = math.prod(task.shape) * task.dtype.itemsize
         nb = nb_inputs(nbytes, task.device)
@@ -190,16 +206,18 @@ class PassStage:
             If it is one of ours and does not.
         """
         work, what = self.work[rival.layout], self.task.what
-        run = work.run(what, rival.engine)
-        with rival.asked():  # which says so where it cannot run
+        run, spending = work.run(what, rival.engine), self.budget.spending
+        with rival.asked(), spending(FIRST, rival.engine):  # which says so where it cannot run
             found = run(0)
         if rival.role == "ours":
-            why = correct.agrees(tensors(found), work.expected(what))
+            with spending("check", rival.engine):
+                why = correct.agrees(tensors(found), work.expected(what))
             if why:
                 raise Wrong(why)
         moved = roofs.pass_moved("copy" if rival.role == "roof" else what, work.images[0])
         columns = {"gflop": 0.0, "moved_mib": moved / MIB}  # torch counts no elementwise operation
-        peak = peak_bytes(run, self.task.device)
+        with spending("memory", rival.engine):
+            peak = peak_bytes(run, self.task.device)
         if peak is not None:
             columns["peak_mib"] = peak / MIB
         return Ready(run, 1000 * moved / self.best.bandwidth, columns)

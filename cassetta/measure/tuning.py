@@ -32,9 +32,12 @@ from cassetta.kernels.types import Activation
 from cassetta.layers import fusing
 from cassetta.layers.blocks import ENGINES
 from cassetta.measure import agreement
+from cassetta.measure.spending import Budget, OutOfTime
 from cassetta.measure.timing import interleaved, nb_inputs
 
 ROUNDS = 15
+SECONDS = 20.0
+"""After which no further round of what is timed begins."""
 
 
 class _NoPlan(Exception):
@@ -53,9 +56,10 @@ class Found(NamedTuple):
 class Tuning(Sequence[Found]):
     """What was found, the largest image first; prints as a table."""
 
-    def __init__(self, rows: list[Found], left: int, reason: str = "") -> None:
+    def __init__(self, rows: list[Found], left: int, budget: Budget, reason: str = "") -> None:
         self.rows = rows
         self.left = left
+        self.budget = budget  # and where it went
         self.reason = reason
 
     def __getitem__(self, index: Any) -> Any:
@@ -110,7 +114,8 @@ def tune(
     *inputs : tensor
         What it is called with, on the device where it is to run.
     budget : float, optional
-        Seconds after which no further block begins. A later call goes on from there.
+        Seconds within which all ends: what would take longer, by what its kind has taken so far, is
+        not begun. A later call goes on from there.
     again : bool
         Measure what has been measured before.
     progress : bool
@@ -119,58 +124,66 @@ def tune(
     Returns
     -------
     tuning : Tuning
-        Rows with `.key`, `.choice`, `.evidence` and `.is_new`; `.is_complete`, `.left`; and
-        `.reason` if there was nothing to choose.
+        Rows with `.key`, `.choice`, `.evidence` and `.is_new`; `.is_complete`, `.left`;
+        `.budget.table()`, which tells where the time went; and `.reason` if there was nothing to
+        choose.
     """
     if not inputs:
         raise ValueError("inputs=() is empty: give what the network is called with")
-    start, device = time.monotonic(), inputs[0].device
+    seconds, device = Budget(budget), inputs[0].device
     ran = watch(model, *inputs)
     blocks = {one.key: one for one in ran if one.choice.is_open}
     if not blocks:
         reasons = [one.choice.reason or one.choice.evidence for one in ran] or ["it has no blocks"]
-        return Tuning([], 0, f"there is nothing to choose: {max(reasons, key=reasons.count)}")
+        return Tuning(
+            [], 0, seconds, f"there is nothing to choose: {max(reasons, key=reasons.count)}"
+        )
     rows: list[Found] = []
     todo = sorted(blocks.values(), key=lambda one: -sum(image.numel() for image in one.images))
     gpus = [device.index or 0] if device.type == "cuda" else []
     with Progress(disable=not progress, transient=True) as bar, torch.random.fork_rng(devices=gpus):
         for n, one in enumerate(bar.track(todo, description="tuning")):
-            if budget is not None and time.monotonic() - start > budget:
-                return Tuning(rows, len(todo) - n)
-            rows += _tune_block(one, device, model.training, again)
-    return Tuning(rows, 0)
+            try:
+                rows.extend(_tune_block(one, device, model.training, again, seconds))
+            except OutOfTime:
+                return Tuning(rows, len(todo) - n, seconds)
+    return Tuning(rows, 0, seconds)
 
 
-def _tune_block(ran: fusing.Ran, device: torch.device, training: bool, again: bool) -> list[Found]:
+def _tune_block(
+    ran: fusing.Ran, device: torch.device, training: bool, again: bool, budget: Budget
+) -> Iterator[Found]:
     """The block's passes, and then its engines."""
     table = evidence.table(device)
     known = table.find(ran.key)
     tried = set() if known is None else {*known.ms, *known.refused}
     if known is not None and not again and tried >= ENGINES.keys():  # one may have come since
-        return [Found(ran.key, known.choice, known.evidence, False)]
+        yield Found(ran.key, known.choice, known.evidence, False)
+        return
     net = _Block(copy.deepcopy(ran.block)).requires_grad_(training)
-    rows: list[Found] = []
     try:
         images = _images(ran.images, device)
         refused: dict[str, str] = {}
         for name in ENGINES:
             why = ran.engines.get(name, "it has no kernel")
             if name != "reference" and why is None:
-                why = agreement.disagreement(net, images[0], training, name)
+                with budget.part("check"), budget.spending("check", name):
+                    why = agreement.disagreement(net, images[0], training, name)
             try:
                 if name != "reference" and why is None:
-                    for found in _tune_passes(net, images[0], training, again, name):
-                        rows.append(found)
+                    yield from _tune_passes(net, images[0], training, again, name, budget)
             except _NoPlan as error:
                 why = str(error)
             if why is not None:
                 refused[name] = why
         runs = {name: _run(net, images, training, name) for name in ENGINES if name not in refused}
-        record = _fastest(runs, refused, device)
+        with budget.part("timing"):
+            record = _fastest(runs, refused, device, budget)
     except torch.OutOfMemoryError as error:
-        return [*rows, Found(ran.key, "", f"out of memory ({str(error).splitlines()[0]})", False)]
+        yield Found(ran.key, "", f"out of memory ({str(error).splitlines()[0]})", False)
+        return
     table.add(ran.key, record)
-    return [*rows, Found(ran.key, record.choice, record.evidence, True)]
+    yield Found(ran.key, record.choice, record.evidence, True)
 
 
 class _Block(nn.Module):
@@ -189,15 +202,17 @@ class _Block(nn.Module):
 
 
 def _tune_passes(
-    net: nn.Module, images: Sequence[Tensor], training: bool, again: bool, engine: str
-) -> Iterator[Found]:
+    net: nn.Module, images: Sequence[Tensor], training: bool, again: bool, engine: str,
+    budget: Budget,
+) -> Iterator[Found]:  # fmt: skip
     """The plan of each pass that the block asks for, run by this engine."""
     table = evidence.table(images[0].device)
     with plans.listening() as asked:
         agreement.step(net, images, training, engine)
     for key, one in asked.items():
         if again or table.find(key) is None:
-            record = _fastest_plan(one, images[0].device)
+            with budget.part(one.name):
+                record = _fastest_plan(one, images[0].device, budget)
             table.add(key, record)
             yield Found(key, record.choice, record.evidence, True)
 
@@ -218,13 +233,20 @@ def _run(
     return run
 
 
-def _fastest(runs: dict[str, Callable], refused: dict[str, str], device: torch.device) -> Record:
-    times = interleaved(runs, device, ROUNDS, budget=20)
-    ms = {name: time.ms for name, time in times.items()}
+def _fastest(
+    runs: dict[str, Callable], refused: dict[str, str], device: torch.device, budget: Budget,
+    whom: str = "",
+) -> Record:  # fmt: skip
+    """What came of timing these in turns: each for itself, or all of them for somebody."""
+    start = time.monotonic()
+    times = interleaved(runs, device, ROUNDS, budget=min(SECONDS, budget.left))
+    seconds, ms = time.monotonic() - start, {name: time.ms for name, time in times.items()}
+    for name, one in ms.items():
+        budget.add("timing", whom or name, seconds * one / sum(ms.values()))
     return Record(min(ms, key=lambda name: ms[name]), ms, refused)
 
 
-def _fastest_plan(what: plans.Pass | plans.Product, device: torch.device) -> Record:
+def _fastest_plan(what: plans.Pass | plans.Product, device: torch.device, budget: Budget) -> Record:
     """The fastest plan of a pass among those that compute what the reference computes."""
     name = what.name
     if isinstance(what, plans.Product):
@@ -232,20 +254,22 @@ def _fastest_plan(what: plans.Pass | plans.Product, device: torch.device) -> Rec
     else:
         drawn = [one for (one,) in _images((what.image,), device, 3)]
         work = agreement.Work.drawn(drawn, Activation("silu"))
-    same = work.step(reference, name)
-    truth = work.to(agreement.higher(work.x)).step(reference, name)
+    with budget.spending("check", name):
+        same = work.step(reference, name)
+        truth = work.to(agreement.higher(work.x)).step(reference, name)
     refused, runs = {}, {}
     for plan in plans.candidates(what, device):
-        with plans.use_plan(plan):
+        with plans.use_plan(plan), budget.spending("first run", name):
             ours = agreement.attempt(lambda: work.step(dispatch.passes(work.x), name))
-        why = ours if isinstance(ours, str) else agreement.judge(ours, same, truth)
+        with budget.spending("check", name):
+            why = ours if isinstance(ours, str) else agreement.judge(ours, same, truth)
         if why is None:
             runs[str(plan)] = _planned(plan, name, work)
         else:
             refused[str(plan)] = why
     if not runs:
         raise _NoPlan(f"no plan of {name} is right on {tuple(work.x.shape)}: {refused}")
-    return _fastest(runs, refused, device)
+    return _fastest(runs, refused, device, budget, name)
 
 
 def _planned(plan: Any, name: str, work: Any) -> Callable[[int], Any]:

@@ -1,0 +1,100 @@
+"""Seconds of a budget: what can still be begun, and where they went."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+
+import torch
+from rich.table import Table
+
+ALL = "all engines"
+"""For whom seconds are spent that no engine has for itself."""
+
+
+class OutOfTime(Exception):
+    """What comes next would not end within the budget."""
+
+
+class Budget:
+    """So many seconds, counted from now, by what they are spent on.
+
+    Parameters
+    ----------
+    seconds : float, optional
+        How many there are; without, there is no end of them.
+    """
+
+    def __init__(self, seconds: float | None = None) -> None:
+        self.start = time.monotonic()
+        self.seconds = math.inf if seconds is None else seconds
+        self.spent: dict[tuple[str, str], float] = {}  # by for whom, and on what
+        self.longest: dict[str, float] = {}  # of each kind of part
+
+    @property
+    def left(self) -> float:
+        """How many seconds are left."""
+        return self.start + self.seconds - time.monotonic()
+
+    def allows(self, kind: str) -> bool:
+        """Whether a part of this kind ends in time, if it takes what the longest has taken.
+
+        Of a kind that has not been seen, it takes what the longest of all has.
+        """
+        longest = max(self.longest.values(), default=0.0)
+        return self.left > self.longest.get(kind, longest)
+
+    @contextlib.contextmanager
+    def part(self, kind: str) -> Iterator[None]:
+        """A part of this kind, which is remembered for how long it takes.
+
+        Raises
+        ------
+        OutOfTime
+            Before it begins, if it would not end in time.
+        """
+        if not self.allows(kind):
+            raise OutOfTime
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - start
+            self.longest[kind] = max(seconds, self.longest.get(kind, 0.0))
+
+    @contextlib.contextmanager
+    def spending(self, what: str, whom: str = ALL) -> Iterator[None]:
+        """Count the seconds of this block of code, to the end of what it has a GPU do."""
+        start = time.monotonic()
+        try:
+            yield
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+        finally:
+            self.add(what, whom, time.monotonic() - start)
+
+    def add(self, what: str, whom: str, seconds: float) -> None:
+        """Count seconds that were measured."""
+        self.spent[whom, what] = self.spent.get((whom, what), 0.0) + seconds
+
+    def table(self) -> Table:
+        """Where the seconds went: a row for whom, a column for what, and what nobody counted."""
+        whole = time.monotonic() - self.start
+        title = f"where {whole:.0f} s went" + (
+            "" if math.isinf(self.seconds) else f", of {self.seconds:g} s"
+        )
+        table = Table(title=f"\n{title}", title_justify="left", box=None, pad_edge=False)
+        whats = list(dict.fromkeys(what for _, what in self.spent))
+        for name in ("", *whats, "in all"):
+            table.add_column(name, justify="right" if name else "left")
+        for whom in dict.fromkeys(whom for whom, _ in self.spent):
+            row = [self.spent.get((whom, what), 0.0) for what in whats]
+            table.add_row(whom, *map(_seconds, row), _seconds(sum(row)))
+        columns = [sum(s for (_, one), s in self.spent.items() if one == what) for what in whats]
+        table.add_row("elsewhere", *[""] * len(whats), _seconds(whole - sum(columns)))
+        table.add_row("in all", *map(_seconds, columns), _seconds(whole))
+        return table
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f}" if seconds else ""
