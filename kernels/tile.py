@@ -226,10 +226,13 @@ def derivative(u, p, q, slope, ACT: tl.constexpr):
 
 
 def strided(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """The tensor and its three strides; copied if the voxels have no common stride."""
+    """The tensor and its three strides; copied if the voxels have no common stride.
+
+    Results are laid out alike, be they made of the tensor or of the copy (`layout.sized`).
+    """
     steps = layout.strides(x)
     if steps is None:
-        x = x.contiguous()
+        x = layout.like(x, x.dtype).copy_(x)
         steps = layout.strides(x)
         assert steps is not None
     return x, steps
