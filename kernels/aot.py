@@ -56,8 +56,8 @@ SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120:
 """Bytes of shared memory that one program may use, by compute capability."""
 
 WHOLE = (80, 90, 100)
-"""For these everything is compiled. The others' instructions are those of sm_80, and on sm_120
-copies of boxes: a part tells whether they spill, or need more shared memory than there is."""
+"""For these everything is compiled. The others' instructions are those of sm_80: a part tells
+whether they spill, or need more shared memory than there is."""
 
 _TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8",
@@ -245,9 +245,11 @@ def _run_convolutions(
     for taps in ((1, 1, 1), (3, 3, 3)):
         same = Geometry((1, 1, 1), tuple((t // 2, t // 2) for t in taps), (1, 1, 1))
         pending = p if taps == (1, 1, 1) else NOTHING
-        both = (empty(c, 2 * c, *taps), x) if full else (empty(c, c, *taps), None)
-        conv_fprop.conv_fprop(x, pending, both[0], bias, same, both[1], epilogue, residual, None)
-        conv_fprop.conv_fprop(x, pending, empty(c, c, *taps), bias, same, moments_of=of)
+        one_image, two_images = (empty(c, c, *taps), None), (empty(c, 2 * c, *taps), x)
+        w, x2 = two_images if full else one_image
+        conv_fprop.conv_fprop(x, pending, w, bias, same, x2, epilogue, residual, None)
+        w, x2 = one_image if full else two_images
+        conv_fprop.conv_fprop(x, pending, w, bias, same, x2, moments_of=of)
         asked = (x, p, one, full) if full else ()
         conv_dgrad.conv_dgrad(x, empty(c, c, *taps), same, size, *asked)
         conv_wgrad.conv_wgrad(x, x, pending, taps, same)

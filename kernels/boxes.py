@@ -1,4 +1,4 @@
-"""Boxes of an image, which GPUs of compute capability 9.0 and newer copy as a whole (TMA).
+"""Boxes of an image, which GPUs of compute capability 9.0 and 10.0 copy as a whole (TMA).
 
 A tile of a convolution is then a box of voxels, not voxels that follow one another: what it reads
 for a tap is a box too, however large the dilation. The copy fills with zeros what lies outside the
@@ -29,12 +29,14 @@ def are_copied(device: torch.device) -> bool:
 
 
 def are_copied_by(capability: tuple[int, int]) -> bool:
-    """Whether GPUs of this compute capability copy boxes, and rightly.
+    """Whether GPUs of this compute capability copy boxes, rightly and with profit.
 
-    Those of 10.0 and newer read wrong ones, of images that are not dense, by the descriptors of
-    triton before 3.6 (triton#10442).
+    By the descriptors of triton before 3.6, those of 10.0 and newer read wrong ones of images that
+    are not dense (triton#10442). Those of 12.0 multiply as 8.0 does, from registers, and kernels
+    with boxes keep some of these in memory.
     """
-    return capability >= (9, 0) and (capability < (10, 0) or _triton() >= (3, 6))
+    major, _ = capability
+    return major == 9 or (major == 10 and _triton() >= (3, 6))
 
 
 @functools.cache

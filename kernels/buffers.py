@@ -91,17 +91,18 @@ class _Walk:
         _, _, rest = head.partition("iter_args(")
         carried = _VALUE.findall(rest.partition(") -> ")[0])
         names, given = carried[::2], carried[1::2]
+        outside = self.places
         for _ in range(_TURNS):
             self._turn += 1
             found = [self.places.get(value) for value in given]
-            self.places |= {k: v for k, v in zip(names, found, strict=True) if v}
+            inner = {k: v for k, v in zip(names, found, strict=True) if v}
+            self.places = {**outside, **inner}  # names of one turn, or loop, are not the next one's
             self.through(body)
             given = _VALUE.findall(body[-1].partition(" : ")[0]) if names else []
         self._turn += 1
-        result = head.partition(":")[0]
-        for n, value in enumerate(given):
-            if place := self.places.get(value):
-                self.places[f"{result}#{n}"] = place
+        result, inside = head.partition(":")[0], self.places
+        left = {f"{result}#{n}": inside[value] for n, value in enumerate(given) if value in inside}
+        self.places = {**outside, **left}
 
     def _operation(self, result: str, name: str, rest: str) -> None:
         values, _, types = rest.partition(" : ")

@@ -134,6 +134,20 @@ def test_boxes_are_copied_as_a_whole(arch, channels):
     assert wgrad == ["_conv_wgrad_kernel", few, "True", "False", "0"]
 
 
+@pytest.mark.parametrize(
+    ("arch", "plan"),
+    [(86, "GemmPlan()"), (120, "GemmPlan()"), (90, "GemmPlan(128, 128, 64, 4, True)")],
+)
+def test_plans_say_how_much_shared_memory_they_take(arch, plan):
+    """At most; and these, which take the most of all, are as much as there is."""
+    out = run(f"""{convolved(arch, 128, plan, "WgradPlan(64, 128, 64)")}
+    plan = WgradPlan(64, 128, 64) if "wgrad" in name else {plan}
+    print(name, built.metadata.shared <= plan.shared(2) <= aot.SHARED[{arch}])
+""")
+    names = ["_conv_kernel", "_conv_kernel", "_conv_wgrad_kernel"]
+    assert out.splitlines() == [f"{name} True" for name in names]
+
+
 def test_a_fault_is_an_excess():
     out = run("""
 from cassetta.kernels.aot import Report

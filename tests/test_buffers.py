@@ -129,6 +129,16 @@ def test_what_runs_at_once_needs_no_further_buffer():
     assert buffers.shortages(re.sub(r".*warp_group_dot.*", "", loop(2, 1, 2))) == []
 
 
+def test_names_hold_within_their_loop():
+    """MLIR gives them again: what addresses a buffer here may be numbers in another loop."""
+    other = loop(2, 0, 2).replace("%y", "%z").replace("%from", "%g").replace("dot %x", "dot %from")
+    other = other.replace("%g = ", "%from, %rest = tt.split %q : tensor -> tensor\n    %g = ")
+    assert "dot %from, %f_0" in other
+    assert buffers.shortages(loop(2, 1, 3) + "\n" + other) == []
+    (found,) = buffers.shortages(loop(2, 1, 3) + "\n" + other.replace("<2x", "<1x"))
+    assert found == ("%z", 1, 2)
+
+
 def test_what_cannot_be_told_is_refused():
     with pytest.raises(ValueError, match="is read more often than it is written"):
         buffers.shortages(re.sub(r".*async_copy.*", "", loop(2, 1, 3)))

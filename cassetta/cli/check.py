@@ -7,7 +7,7 @@ The exit code is 0 if all are as they should be, 1 if any is not, and 2 if none 
 
 import argparse
 import time
-from collections import Counter
+from collections import defaultdict
 
 import torch
 from rich.console import Console
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(f"there is no kernel to check: {why}")
     device = torch.device("cpu" if dispatch.is_interpreted() else "cuda")
     console = Console(soft_wrap=True, highlight=False)
-    start, wrong, spent, done = time.perf_counter(), 0, Counter[str](), []
+    start, wrong, spent, done = time.perf_counter(), 0, defaultdict(float), []
     torch.manual_seed(0)
     planned = checking.comparisons(device)
     for one in planned:

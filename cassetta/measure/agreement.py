@@ -120,7 +120,7 @@ def disagreement(
     return judge(ours, same, truth, deep)
 
 
-def attempt(run: Callable[[], Step]) -> Step | str:
+def attempt(run: Callable[[], Any]) -> Any | str:
     """What comes of a run, or how it fails, as a sentence; want of memory is not its fault."""
     try:
         return run()

@@ -89,7 +89,8 @@ def _of_passes(device: torch.device) -> Iterator[Comparison]:
 def _of_products(device: torch.device) -> Iterator[Comparison]:
     """Those of the first convolutions by every plan, with what may be fused and without."""
     kept = {k: v for k, v in CONVOLUTIONS.items() if k != "wide" or not dispatch.is_interpreted()}
-    exactly = [*itertools.product(_dtypes(), ("tf32",)), (torch.float32, "ieee")]
+    exactly = [(dtype, "tf32") for dtype in _dtypes()]
+    exactly += [(dtype, "ieee") for dtype in _dtypes() if dtype == torch.float32]
     for (n, (kind, sizes)), (dtype, exact) in itertools.product(enumerate(kept.items()), exactly):
         shown = f"{kind}{', in full' * (exact == 'ieee')}: "
         for pass_, names in agreement.PRODUCTS.items():
@@ -187,8 +188,10 @@ def _wrong(
     exact, mixed = precision.use("ieee"), dtype != torch.float32
     with exact, torch.autocast(device.type, dtype, enabled=mixed):
         with dispatch.use_engine(engine):
-            other = [row for row in explain(net, image) if row.engine != engine]
-        if other:
+            rows = agreement.attempt(lambda: explain(net, image))
+        if isinstance(rows, str):
+            return rows
+        if other := [row for row in rows if row.engine != engine]:
             row = other[0]
             kind = "plain PyTorch" if row.engine == "reference" else row.engine
             return f"{row.name} runs as {kind}: {row.reason or row.evidence}"
