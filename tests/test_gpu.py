@@ -227,6 +227,7 @@ def _on_the_cpu(net, inp, results):
     results.put(net(inp).sum().item())
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_process_computes_on_the_cpu(kernels):
     """As workers of a DataLoader do: CUDA cannot be asked for anything there."""
     net, inp = UNet(2, 4, nb_levels=2), torch.randn(1, 4, 16, 16)
