@@ -5,13 +5,23 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check bench docs clean test-gpu bench-gpu
+.PHONY: demo test check bench docs clean test-gpu bench-gpu test-simulated
 
 demo: $(VENV)/.demo
 	$(BIN)/cassetta demo
 
 test: check
 	$(BIN)/python -m pytest
+
+# Compiled kernels, whose PTX is simulated on the CPU (tests/ptxsim); `make -j2` runs both targets at
+# once, `make simulate-90` one of them. CI runs the first two of these.
+SIMULATED = tests/ptxsim tests/test_simulated.py tests/test_boxes.py tests/test_convolutions.py \
+	tests/test_passes.py tests/test_pool.py tests/test_resize.py tests/test_fused.py
+
+test-simulated: simulate-80 simulate-90
+
+simulate-%: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIMULATED) --simulate $* --resume
 
 check: $(VENV)/.test
 	$(BIN)/ruff format --check .

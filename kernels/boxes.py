@@ -1,4 +1,4 @@
-"""Boxes of an image, which GPUs of compute capability 9.0 and newer copy as a whole (TMA).
+"""Boxes of an image, which GPUs of compute capability 9.0 and 10.0 copy as a whole (TMA).
 
 A tile of a convolution is then a box of voxels, not voxels that follow one another: what it reads
 for a tap is a box too, however large the dilation. The copy fills with zeros what lies outside the
@@ -7,13 +7,15 @@ a gather takes an address and a mask per voxel.
 """
 
 import functools
+import importlib
 import itertools
 import math
+import re
 
 import torch
 from torch import Tensor
 
-from cassetta.kernels import layout
+from cassetta.kernels import layout, machine
 
 Box = tuple[int, int, int]
 NO_BOX: Box = (0, 0, 0)
@@ -23,7 +25,25 @@ LONGEST = 256
 
 def are_copied(device: torch.device) -> bool:
     """Whether what runs there copies boxes: newer GPUs, and what stands for one in tests."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+    return device.type != "cuda" or are_copied_by(machine.capability(device))
+
+
+def are_copied_by(capability: tuple[int, int]) -> bool:
+    """Whether GPUs of this compute capability copy boxes, rightly and with profit.
+
+    By the descriptors of triton before 3.6, those of 10.0 and newer read wrong ones of images that
+    are not dense (triton#10442). Those of 12.0 multiply as 8.0 does, from registers, and kernels
+    with boxes keep some of these in memory.
+    """
+    major, _ = capability
+    return major == 9 or (major == 10 and _triton() >= (3, 6))
+
+
+@functools.cache
+def _triton() -> tuple[int, ...]:
+    """The version of triton, which whoever launches has imported."""
+    version = importlib.import_module("triton").__version__
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
 
 
 @functools.lru_cache(4096)

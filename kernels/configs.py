@@ -12,8 +12,9 @@ from cassetta.kernels.boxes import NO_BOX, Box
 from cassetta.kernels.plans import Pass, Plan, Product
 from cassetta.kernels.types import Geometry
 
-REGISTERS = 255
-"""Of a thread of a convolution, at most. Said so, or the compiler keeps to fewer, and spills."""
+REGISTERS = 250
+"""Of a thread of a convolution, at most. Said so, or the compiler keeps to fewer, and spills. The
+most that there are, 255, does not assemble for sm_100 with triton 3.5 (triton#8488)."""
 
 
 class Config(NamedTuple):

@@ -1,10 +1,14 @@
-"""The gradient of the weights and the bias of a convolution: a product over all voxels.
+"""The gradient of the weights of a convolution: a product over all voxels.
 
-    dw[k, c, t] = sum over n, v of z[n, c, s v - before + d t] g[n, k, v]        db[k] = sum of g
+    dw[k, c, t] = sum over n, v of z[n, c, s v - before + d t] g[n, k, v]
 
 Rows are taps x channels of z, columns channels of g, depth the voxels, which are split over
 programs: each leaves its share in float32, and these are added in their order. No atomics: the same
 input gives the same bits.
+
+Nothing but the product reads g: the gradient of the bias, its sum, is taken elsewhere. An operand
+that something else in the loop reads, too, is copied to one buffer fewer than products that are
+asynchronous need (triton#6691), and is overwritten while it is multiplied.
 """
 
 import math
@@ -29,7 +33,7 @@ _SIZES = [
 
 @triton.jit(do_not_specialize=_SIZES)
 def _conv_wgrad_kernel(
-    x_ptr, g_ptr, dw_ptr, db_ptr, p_s1, p_t1, p_slope, p_s2, p_t2, p_p, p_q,
+    x_ptr, g_ptr, dw_ptr, p_s1, p_t1, p_slope, p_s2, p_t2, p_p, p_q,
     C, K, V, X0, X1, X2, Y0, Y1, Y2, T1, T2, s0, s1, s2, b0, b1, b2, d0, d1, d2,
     x_n, x_v, g_n, g_v, taps, steps, part, splits, c_blocks, k_blocks,
     PRE: tl.constexpr, ACT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
@@ -50,12 +54,13 @@ def _conv_wgrad_kernel(
     o0, o1, o2 = _offsets(tap, T1, T2, d0, d1, d2, b0, b1, b2)
     q0, q1, q2 = _offsets(t_block, T1, T2, d0, d1, d2, b0, b1, b2)  # BOXED, it is the tap
     wanted = (c < tile.edge(C, True)) & (tap < taps)
+    c_at = tl.where(wanted, c_block * BLOCK_C + row // 8 * 8 % BLOCK_C, 0) + row % 8
+    k_at = tile.whole(k_block * BLOCK_N, tl.arange(0, BLOCK_N), k < tile.edge(K, True))
     if PRE:
         scale, shift = tile.row(p_s1, n, c, C, 1.0), tile.row(p_t1, n, c, C, 0.0)
         outer, offset = tile.row(p_s2, n, c, C, 1.0), tile.row(p_t2, n, c, C, 0.0)
         slope = tile.row(p_slope, n, c, C, 0.0)
     total = tl.zeros((BLOCK_T * BLOCK_C, BLOCK_N), tl.float32)
-    bias = tl.zeros((BLOCK_N,), tl.float32)
     first, end = split * part, tl.minimum((split + 1) * part, steps)
     e0, e1, e2 = tile.box_of(first, Y1, Y2, BOX0, BOX1, BOX2)
     for step in tl.range(first, end, num_stages=STAGES):
@@ -72,13 +77,13 @@ def _conv_wgrad_kernel(
             x = tl.reshape(x, (BLOCK_V, BLOCK_C))
             g = tl.reshape(g_ptr.load([n, a0, a1, a2, k_block * BLOCK_N]), (BLOCK_V, BLOCK_N))
         else:
-            at = (i0 * X1 + i1) * X2 + i2
+            at, v = tl.where(ok, (i0 * X1 + i1) * X2 + i2, 0), tl.where(inside, v, 0)  # see fprop
             if WIDE:
                 at, v = at.to(tl.int64), v.to(tl.int64)
             many = n.to(tl.int64)
-            x_at = x_ptr + many * (x_n // 8 * 8) + (at * (x_v // 8 * 8) + c[None, :])
+            x_at = x_ptr + many * (x_n // 8 * 8) + (at * (x_v // 8 * 8) + c_at[None, :])
             x = tl.load(x_at, mask=ok, other=0.0)
-            g_at = g_ptr + many * (g_n // 8 * 8) + ((v * (g_v // 8 * 8))[:, None] + k[None, :])
+            g_at = g_ptr + many * (g_n // 8 * 8) + ((v * (g_v // 8 * 8))[:, None] + k_at[None, :])
             there = inside[:, None] & (k < tile.edge(K, True))[None, :]
             g = tl.load(g_at, mask=there, other=0.0)
         if PRE:
@@ -86,7 +91,6 @@ def _conv_wgrad_kernel(
             x = tl.where(ok, outer * u + offset, 0.0).to(g.dtype)
         elif RAGGED:  # beyond the end of g, which is 0 there, x may be anything, NaN too
             x = tl.where(inside[:, None], x, 0.0)
-        bias += tl.sum(g.to(tl.float32), 0)
         total = tl.dot(tl.trans(x), g, total, input_precision=PRECISION)
         if BOXED:  # the next one, counted, not divided
             e2 += 1
@@ -100,8 +104,6 @@ def _conv_wgrad_kernel(
     share = n * splits + split
     at = ((share * taps + tap) * C + c)[:, None] * K + k[None, :]
     tl.store(dw_ptr + at, total, mask=((c < C) & (tap < taps))[:, None] & (k < K)[None, :])
-    if t_block + c_block == 0:
-        tl.store(db_ptr + share * K + k, bias, mask=k < K)
 
 
 @triton.jit
@@ -112,7 +114,7 @@ def _offsets(tap, T1, T2, d0, d1, d2, b0, b1, b2):
 
 def conv_wgrad(
     g: Tensor, x: Tensor, p: Prologue, taps: tuple[int, ...], geometry: Geometry
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     g, x = layout.in_words(g), layout.in_words(x)
     (n, c), k = x.shape[:2], g.shape[1]
     inp, out, size, stride, before, dilation = walk(x, taps, geometry)
@@ -129,13 +131,11 @@ def conv_wgrad(
             tile.image_in_boxes(x, config.box, config.block_c),
             tile.image_in_boxes(g, config.box, config.block_n),
         )
-    tables = {"dtype": torch.float32, "device": x.device}
-    dw = torch.empty(n * config.splits, many, c, k, **tables)
-    db = torch.empty(n * config.splits, k, **tables)
+    dw = torch.empty(n * config.splits, many, c, k, dtype=torch.float32, device=x.device)
     s1, t1, act, slope, s2, t2 = p
     tile.launch(
         _conv_wgrad_kernel, x, config,
-        *read, dw, db, s1, t1, slope, s2, t2, act.p, act.q,
+        *read, dw, s1, t1, slope, s2, t2, act.p, act.q,
         c, k, math.prod(out), *inp, *out, *size[1:], *stride, *before, *dilation,
         *voxel_steps(x), *voxel_steps(g), many, config.steps, config.part, config.splits,
         config.c_blocks, config.k_blocks,
@@ -143,4 +143,4 @@ def conv_wgrad(
         PRECISION=precision.of(g.dtype), RAGGED=boxes.are_ragged(config.box, shape),
     )  # fmt: skip
     dw = dw.sum(0).permute(2, 1, 0).clone(memory_format=torch.contiguous_format)
-    return dw.reshape(k, c, *taps), db.sum(0)
+    return dw.reshape(k, c, *taps)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cassetta.kernels import configs, evidence, library, reference
+from cassetta.kernels import configs, evidence, library, machine, reference
 
 BACKENDS = ("auto", "triton", "reference")
 ENVIRONMENT = "CASSETTA_BACKEND"
@@ -31,6 +31,9 @@ SMALL = 2**21
 """Images with fewer elements stay with plain PyTorch in "auto": a kernel is not faster than the
 time it takes to start it, and a norm starts some ten, of which each saves a pass over megabytes or
 saves nothing. A guess, until it is measured."""
+
+OLDEST = (8, 0)
+"""The compute capability that a GPU needs at least: that of its tensor cores, and of `cp.async`."""
 
 
 class BackendError(RuntimeError):
@@ -162,16 +165,18 @@ def _by_rule(x: Tensor) -> Choice:
 
 def why_no_triton() -> str | None:
     """Why no Triton kernel can run in this process, as a sentence; None if one can."""
-    if not torch.compiler.is_compiling() and (missing := _why_not_importable()):
-        return missing  # (a tracer cannot try; where it finds a GPU, it needs triton itself)
-    if is_interpreted():
-        return None
-    if torch.version.hip:
-        return "this torch is built for ROCm, where the kernels have not been tried"
+    interpreted = is_interpreted()
+    if (why := _why_never(interpreted)) or interpreted:
+        return why
     if not torch.cuda.is_available():
         return f"torch finds no NVIDIA GPU ({INTERPRET}=1 runs the kernels on the CPU, slowly)"
-    best = max(torch.cuda.get_device_capability(n) for n in range(torch.cuda.device_count()))
-    if best < (8, 0):
+    if torch.compiler.is_compiling():
+        return None  # a tracer cannot count GPUs; that of an image is asked of in any case
+    try:
+        best = max(gpu.capability for gpu in machine.gpus())
+    except Exception as error:
+        return _unanswered(error)
+    if best < OLDEST:
         return f"no GPU here has compute capability 8.0 or newer (the best has {best[0]}.{best[1]})"
     return None
 
@@ -193,7 +198,7 @@ def _why_asked() -> str | None:
 
 
 def _why_no_kernel(x: Tensor) -> str | None:
-    return _why_asked() or why_no_triton() or _why_not_plain(x) or _why_not_for(x, backend())
+    return _why_asked() or why_not_on(x.device) or _why_not_plain(x) or _why_not_for(x)
 
 
 def _why_not_plain(x: Tensor) -> str | None:
@@ -207,21 +212,49 @@ def _why_not_plain(x: Tensor) -> str | None:
     return "the image is complex" if x.is_complex() else None
 
 
-def _why_not_for(x: Tensor, asked: str) -> str | None:
+def _why_not_for(x: Tensor) -> str | None:
     if x.dtype not in configs.dtypes():
         return f"the image is in {str(x.dtype).removeprefix('torch.')}"
     if (why := why_too_large(x.shape[2:])) is not None:
         return why
-    device = x.device.type
-    if device == "cpu" and is_interpreted():
-        return None if asked == "triton" or _forced else "the image is on the CPU"
-    if device != "cuda":
-        return f"the image is on the {'CPU' if device == 'cpu' else device + ' device'}"
-    if is_interpreted():
+    if x.device.type == "cpu" and not _forced and backend() != "triton":
+        return "the image is on the CPU"  # where a kernel could be interpreted, which nobody wants
+    return None
+
+
+def why_not_on(device: torch.device) -> str | None:
+    """Why no Triton kernel can run on this device, as a sentence; None if one can.
+
+    Of the machine nothing is asked, unless the device is a GPU, and then nothing but that GPU.
+    """
+    interpreted = is_interpreted()
+    if device.type == ("cpu" if interpreted else "cuda"):
+        return _why_never(interpreted) or (None if interpreted else _why_not_gpu(device))
+    if device.type == "cuda":
         return f"{INTERPRET}=1 runs kernels on the CPU only"
-    major, minor = torch.cuda.get_device_capability(x.device)
-    if major < 8:
+    return f"the image is on the {'CPU' if device.type == 'cpu' else device.type + ' device'}"
+
+
+def _why_not_gpu(device: torch.device) -> str | None:
+    try:
+        major, minor = machine.capability(device)
+    except Exception as error:
+        return _unanswered(error)
+    if (major, minor) < OLDEST:
         return f"this GPU has compute capability {major}.{minor}, and 8.0 is needed"
+    return None
+
+
+def _unanswered(error: Exception) -> str:
+    return f"CUDA does not tell what this GPU is ({str(error).partition(chr(10))[0]})"
+
+
+def _why_never(interpreted: bool) -> str | None:
+    """Why no Triton kernel can run in this process, whatever GPU the machine has."""
+    if not torch.compiler.is_compiling() and (missing := _why_not_importable()):
+        return missing  # (a tracer cannot try; where it finds a GPU, it needs triton itself)
+    if torch.version.hip and not interpreted:
+        return "this torch is built for ROCm, where the kernels have not been tried"
     return None
 
 
@@ -268,10 +301,9 @@ def implementation() -> ModuleType:
 
 def passes(x: Tensor) -> Any:
     """Who runs the passes over this image (or table): `moments`, `materialize`, ..."""
-    if _on_reference_passes or why_no_triton() or x.dtype not in configs.dtypes():
+    if _on_reference_passes or x.dtype not in configs.dtypes() or why_not_on(x.device):
         return reference
-    on_its_device = x.device.type == ("cpu" if is_interpreted() else "cuda")
-    return _triton_passes() if on_its_device else reference
+    return _triton_passes()
 
 
 @functools.cache

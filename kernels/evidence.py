@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cassetta.kernels import machine
+
 CACHE = "CASSETTA_CACHE"
 SHIPPED = Path(__file__).parent / "tuned"
 
@@ -103,8 +105,7 @@ def about(device: torch.device) -> dict[str, str]:
     """What a measurement depends on, beside its key."""
     gpu, driver = device.type, "none"
     if device.type == "cuda":
-        gpu = torch.cuda.get_device_name(device)
-        driver = str(torch._C._cuda_getDriverVersion())
+        gpu, driver = machine.gpu(device).name, machine.driver()
     return {
         "gpu": gpu, "driver": driver, "torch": torch.__version__, "triton": _version("triton"),
         "cudnn": str(torch.backends.cudnn.version()), "cassetta": _version("cassetta-triton"),

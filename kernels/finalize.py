@@ -56,7 +56,8 @@ def _norm_finalize_kernel(
             before = _entry(before_ptr, at, inside, 1.0)
             own *= before
             var *= before * before
-        total += tl.sum(tl.where(inside, var + (own - mean) * (own - mean), 0.0), 1)
+        apart = own - mean
+        total += tl.sum(tl.where(inside, var + apart * apart, 0.0), 1)
         start += BLOCK_M
     var = (total / members)[:, None]
     rstd = 1.0 / tl.sqrt_rn(var + eps)

@@ -17,7 +17,7 @@ def register() -> None:
     formulas = {
         "conv_fprop": lambda x, *rest, out_shape: _products(rest[8], out_shape[0]),
         "conv_dgrad": lambda g, w, *rest, **options: _products(w, g),
-        "conv_wgrad": lambda g, x, *rest, out_shape: _products(out_shape[0], g),
+        "conv_wgrad": lambda g, x, *rest, out_shape: _products(out_shape, g),
         "conv_transposed": lambda x, *rest, **options: _products(rest[8], x),
     }
     for name in ops.NAMES:

@@ -41,11 +41,19 @@ def _last(shape: tuple[int, ...], channels: int) -> tuple[int, ...]:
 
 
 def like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """An uninitialized image of the shape of x and, where x has one, its layout."""
-    if is_padded(x):
-        return empty(tuple(x.shape), dtype, x.device)
-    plain = torch.contiguous_format if strides(x) is None else torch.preserve_format
-    return torch.empty_like(x, dtype=dtype, memory_format=plain)
+    """An uninitialized image of the shape of x, as results of x are laid out (`sized`)."""
+    return sized(x, tuple(x.shape[2:]), dtype)
+
+
+def likened(out: Tensor, x: Tensor) -> Tensor:
+    """What was computed from x, of its shape: as it is where `like` would lay it out so, or copied.
+
+    Never x itself, which no operator may return.
+    """
+    shadow = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    if out is not x and out.stride() == like(shadow, out.dtype).stride():
+        return out
+    return like(x, out.dtype).copy_(out)
 
 
 def wider(x: Tensor, more: int, dtype: torch.dtype) -> Tensor:
@@ -61,7 +69,12 @@ def pooled(x: Tensor, window: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 
 def sized(x: Tensor, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialized image of another size, with the channels of x, and in its layout."""
+    """An uninitialized image of another size, with the channels of x, as results of x are laid out.
+
+    In whole words if x is in such, channels last if x is, or else channels first; and dense,
+    whatever gaps or turns are in x. So kernels lay out their results, and compilers are told: what
+    decides is the image that the operator is given, or a copy by `like`, which decides the same.
+    """
     if is_padded(x):
         return empty((*x.shape[:2], *size), dtype, x.device)
     return _dense(x, x.shape[1], size, dtype)
@@ -122,3 +135,9 @@ def packed(table: Tensor) -> Tensor:
     out = table.new_zeros(t, padded(c), padded(k))
     out[:, :c, :k] = table
     return out
+
+
+def tables(x: Tensor, *count: int) -> Tensor:
+    """Uninitialized tables (*count, N, C) of an image or a table, in float32 at least."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.empty((*count, *x.shape[:2]), dtype=dtype, device=x.device)

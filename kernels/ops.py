@@ -36,7 +36,7 @@ _SCHEMAS = {
     " Tensor? residual, str? moments_of, float m_p, float m_q) -> (Tensor, Tensor, Tensor)",
     "conv_dgrad": f"(Tensor g, Tensor w, {_WALK}, SymInt[] size, Tensor? x, {_PROLOGUE},"
     " Tensor? around, bool after) -> (Tensor, Tensor)",
-    "conv_wgrad": f"(Tensor g, Tensor x, {_PROLOGUE}, int[] taps, {_WALK}) -> (Tensor, Tensor)",
+    "conv_wgrad": f"(Tensor g, Tensor x, {_PROLOGUE}, int[] taps, {_WALK}) -> Tensor",
     "conv_transposed": f"(Tensor x, {_PROLOGUE}, Tensor w, Tensor? b, {_WALK}, {_EPILOGUE},"
     " Tensor? residual) -> Tensor",
     "max_pool": f"(Tensor x, {_PROLOGUE}, int[] window) -> (Tensor, Tensor)",
@@ -86,7 +86,7 @@ def conv_dgrad(
 
 def conv_wgrad(
     g: Tensor, x: Tensor, p: Prologue, taps: tuple[int, ...], geometry: Geometry
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """`reference.conv_wgrad`, by whoever runs it."""
     return torch.ops.cassetta.conv_wgrad(g, x, *flat(p), taps, *_numbers(geometry))
 
@@ -208,7 +208,7 @@ def _conv_dgrad(g: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return passes.conv_dgrad(g, w, _geometry(*walk), tuple(size), x, unflat(p), centre, after)
 
 
-def _conv_wgrad(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _conv_wgrad(g: Tensor, x: Tensor, *rest: Any) -> Tensor:
     p, taps, walk = rest[:8], rest[8], rest[9:]
     return dispatch.passes(g).conv_wgrad(g, x, unflat(p), tuple(taps), _geometry(*walk))
 
@@ -235,8 +235,7 @@ def _moments(x: Tensor, *prologue: Any) -> tuple[Tensor, Tensor]:
 
 def _materialize(x: Tensor, *rest: Any) -> Tensor:
     *prologue, residual, dtype, words = rest
-    z = dispatch.passes(x).materialize(x, unflat(prologue), residual, dtype, words)
-    return z if words else _laid_out(z, x)
+    return dispatch.passes(x).materialize(x, unflat(prologue), residual, dtype, words)
 
 
 def _concatenate(x: Tensor, *rest: Any) -> Tensor:
@@ -246,8 +245,7 @@ def _concatenate(x: Tensor, *rest: Any) -> Tensor:
 
 def _materialize_moments(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *prologue, residual, dtype = rest
-    z, *own = dispatch.passes(x).materialize_moments(x, unflat(prologue), residual, dtype)
-    return _laid_out(z, x), *own
+    return dispatch.passes(x).materialize_moments(x, unflat(prologue), residual, dtype)
 
 
 def _prologue_sums(g: Tensor, x: Tensor, *rest: Any) -> Tensor:
@@ -259,7 +257,7 @@ def _prologue_sums(g: Tensor, x: Tensor, *rest: Any) -> Tensor:
 def _prologue_dgrad(g: Tensor, x: Tensor, *rest: Any) -> Tensor:
     *prologue, a, k, centre, after = rest
     fold = None if a is None else Fold(a, k, centre)
-    return _laid_out(dispatch.passes(x).prologue_dgrad(g, x, unflat(prologue), fold, after), x)
+    return dispatch.passes(x).prologue_dgrad(g, x, unflat(prologue), fold, after)
 
 
 def _resize(x: Tensor, *rest: Any) -> Tensor:
@@ -282,37 +280,22 @@ def _norm_finalize_backward(sums: Tensor, *rest: Any) -> Tensor:
     return dispatch.passes(sums).norm_finalize_backward(sums, *others, Pooling(kind, groups))
 
 
-def _laid_out(out: Tensor, x: Tensor) -> Tensor:
-    """An image in the layout that compilers are told of: that of `layout.like(x)`."""
-    if out.stride() == x.stride() and layout.strides(x) is not None:
-        return out
-    shadow = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-    if out.stride() == layout.like(shadow, x.dtype).stride():
-        return out
-    return layout.like(x, out.dtype).copy_(out)
-
-
-def _tables(x: Tensor, *count: int) -> Tensor:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty((*count, *x.shape[:2]), dtype=dtype)
-
-
 def _fake_conv_fprop(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     w, walk, name = rest[8], rest[10:13], rest[-3]
     size = _geometry(*walk).size_of(x.shape[2:], w.shape[2:])
     y = layout.empty((x.shape[0], w.shape[0], *size), w.dtype, x.device)
-    return y, *((_tables(y), _tables(y)) if name else (_no_table(y), _no_table(y)))
+    return y, *((layout.tables(y), layout.tables(y)) if name else (_no_table(y), _no_table(y)))
 
 
 def _fake_conv_dgrad(g: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     size, x = rest[3], rest[4]
     dz = layout.empty((g.shape[0], w.shape[1], *size), g.dtype, g.device)
-    return dz, _no_table(g) if x is None else _tables(dz, 2)
+    return dz, _no_table(g) if x is None else layout.tables(dz, 2)
 
 
-def _fake_conv_wgrad(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    dtype, k = torch.promote_types(g.dtype, torch.float32), g.shape[1]
-    return g.new_empty((k, x.shape[1], *rest[8]), dtype=dtype), g.new_empty(k, dtype=dtype)
+def _fake_conv_wgrad(g: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    dtype = torch.promote_types(g.dtype, torch.float32)
+    return g.new_empty((g.shape[1], x.shape[1], *rest[8]), dtype=dtype)
 
 
 def _fake_conv_transposed(x: Tensor, *rest: Any) -> Tensor:
@@ -335,7 +318,7 @@ def _fake_materialize(x: Tensor, *rest: Any) -> Tensor:
 
 
 def _fake_materialize_moments(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return layout.like(x, rest[-1]), _tables(x), _tables(x)
+    return layout.like(x, rest[-1]), layout.tables(x), layout.tables(x)
 
 
 def _fake_resize(x: Tensor, size: list[int]) -> Tensor:
@@ -356,17 +339,17 @@ _IMPLEMENTATIONS = {
     "conv_transposed": (_conv_transposed, _fake_conv_transposed),
     "max_pool": (_max_pool, lambda x, *rest: layout.pooled(x, rest[-1])),
     "max_pool_dgrad": (_max_pool_dgrad, _fake_max_pool_dgrad),
-    "moments": (_moments, lambda x, *rest: (_tables(x), _tables(x))),
+    "moments": (_moments, lambda x, *rest: (layout.tables(x), layout.tables(x))),
     "materialize": (_materialize, _fake_materialize),
     "concatenate": (_concatenate, lambda x, *rest: layout.wider(x, rest[8].shape[1], rest[-1])),
     "materialize_moments": (_materialize_moments, _fake_materialize_moments),
-    "prologue_sums": (_prologue_sums, lambda g, x, *rest: _tables(x, 3)),
+    "prologue_sums": (_prologue_sums, lambda g, x, *rest: layout.tables(x, 3)),
     "prologue_dgrad": (_prologue_dgrad, lambda g, x, *rest: layout.like(x, x.dtype)),
     "resize": (_resize, lambda x, *rest: _fake_resize(x, rest[8])),
     "resize_dgrad": (_resize_dgrad, lambda g, size, *grid: _fake_resize(g, size)),
-    "norm_finalize": (_norm_finalize, lambda mean, *rest: _tables(mean, 5)),
+    "norm_finalize": (_norm_finalize, lambda mean, *rest: layout.tables(mean, 5)),
     "norm_finalize_backward": (
-        _norm_finalize_backward, lambda sums, mean, *rest: _tables(mean, 4),
+        _norm_finalize_backward, lambda sums, mean, *rest: layout.tables(mean, 4),
     ),
 }  # fmt: skip
 

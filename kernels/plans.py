@@ -4,6 +4,7 @@ A plan is what the tuner chooses among; the launch follows from it and from the 
 The first plan of a pass is taken where nothing was measured.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cassetta.kernels import boxes, evidence
+from cassetta.kernels import boxes, evidence, machine
 from cassetta.kernels.types import Geometry
 
 
@@ -34,6 +35,14 @@ class GemmPlan(NamedTuple):
     stages: int = 3
     boxes: bool = False  # whether a tile is a box, where the image can be read so
 
+    def shared(self, itemsize: int) -> int:
+        """Bytes of shared memory that a launch takes, at most.
+
+        As many buffers as there are stages, or the result on its way to words of an image.
+        """
+        operands = self.block_k * (self.block_m + self.block_n) * itemsize
+        return max(self.stages * operands, 4 * self.block_m * (self.block_n + 8)) + _BESIDE
+
     def __str__(self) -> str:
         size = f"{self.block_m} x {self.block_n} x {self.block_k}"
         return f"{size}, {self.stages} stages{', boxes' * self.boxes}"
@@ -48,10 +57,18 @@ class WgradPlan(NamedTuple):
     stages: int = 3
     boxes: bool = False
 
+    def shared(self, itemsize: int) -> int:
+        """Bytes of shared memory that a launch takes, at most."""
+        operands = self.block_v * (self.rows + self.block_n) * itemsize
+        return max(self.stages * operands, 4 * self.rows * (self.block_n + 8)) + _BESIDE
+
     def __str__(self) -> str:
         size = f"{self.rows} x {self.block_n} x {self.block_v}"
         return f"{size}, {self.stages} stages{', boxes' * self.boxes}"
 
+
+_BESIDE = 2048
+"""Bytes of shared memory beside operands: barriers, and what sums pass through."""
 
 PLANS = (Plan(), Plan(1024, 4), Plan(1024, 8), Plan(4096, 16))
 """The first by rule, all to be tried by the tuner. 8 elements for a thread, a 16-byte access in 16
@@ -137,7 +154,7 @@ _asked: dict[str, Pass | Product] | None = None
 
 def chosen(what: Pass | Product, device: torch.device) -> Any:
     """The plan that was the fastest by measurement; the first where none was measured."""
-    found = what.plans
+    found = what.plans if isinstance(what, Pass) else fitting(what, device)
     forced = _forced.get(type(found[0]))
     if forced is not None or device.type == "meta":
         return forced or found[0]
@@ -154,7 +171,22 @@ def candidates(what: Pass | Product, device: torch.device) -> list[Any]:
     if isinstance(what, Pass):
         return list(what.plans)
     boxed = what.reads_boxes and boxes.are_copied(device)
-    return [plan for plan in what.plans if boxed or not plan.boxes]
+    return [plan for plan in fitting(what, device) if boxed or not plan.boxes]
+
+
+def fitting(what: Product, device: torch.device) -> tuple[Any, ...]:
+    """The plans that the shared memory of a device suffices for, the first by rule.
+
+    GeForce GPUs, A10, L4 and the like have 99 KB for a program, A100 163, H100 and B200 227.
+    """
+    most = machine.shared_memory(device) if device.type == "cuda" else None
+    return what.plans if most is None else within(what.plans, what.dtype.itemsize, most)
+
+
+@functools.cache
+def within(plans: tuple[Any, ...], itemsize: int, most: int) -> tuple[Any, ...]:
+    """Those that need no more than so many bytes of shared memory."""
+    return tuple(plan for plan in plans if plan.shared(itemsize) <= most)
 
 
 @contextmanager

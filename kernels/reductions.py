@@ -4,7 +4,9 @@ Each program of the first stage visits one chunk of voxels and leaves one partia
 stage combines the chunks in their order. No atomics: the same input gives the same bits.
 
 Statistics are running means and squared deviations, one per lane, merged by the formula of Chan et
-al. (1979); never E[x^2] - E[x]^2, which cancels.
+al. (1979); never E[x^2] - E[x]^2, which cancels. What is added up are squares: in Welford's
+delta (value - mean), the compiler may subtract from `value` before it rounds it (fma), so that the
+factors differ in sign, and the variance of a constant comes out negative.
 
 The loops are `while`, because triton 3.6's interpreter cannot give `range` a bound under numpy 2.4.
 """
@@ -49,8 +51,9 @@ def _moments_kernel(
             tl.store(z_at, z, mask=inside)
             value = z.to(tl.float32)
         delta = tl.where(inside, value - mean, 0.0)
-        mean += delta * (1.0 / (i + 1.0))
-        m2 += delta * (value - mean)
+        share = 1.0 / (i + 1.0)
+        mean += delta * share
+        m2 += delta * (delta * (i * share))
         count += (v < V)[:, None].to(tl.float32)
         i += 1
     voxels = tl.sum(tl.sum(count, 0), 0)
@@ -89,7 +92,7 @@ def _combine_kernel(
         delta = middle - mean
         both = count + here
         mean += delta * (here / both)
-        m2 += spread + delta * delta * (count * here / both)
+        m2 += spread + delta * (delta * (count * here / both))
         count = both
         start += BLOCK_V
     if LAST:

@@ -40,7 +40,7 @@ def conv_fprop(
     x (N, C, *X), x2 (N, C2, *X), w (K, C + C2, *T), y and residual (N, K, *Y). Returns y, and the
     mean and variance of `moments_of` y: (N, K), or nothing (0,) where that is None.
     """
-    z = materialize(x, p, None, w.dtype)
+    z = _transformed(x, p, None, w.dtype)
     z = z if x2 is None else torch.cat([z, x2.to(w.dtype)], 1)
     y = library.conv(z, w, b, geometry)
     y = materialize(y, epilogue, residual, w.dtype, words=True)
@@ -70,14 +70,13 @@ def conv_dgrad(
 
 def conv_wgrad(
     g: Tensor, x: Tensor, p: Prologue, taps: tuple[int, ...], geometry: Geometry
-) -> tuple[Tensor, Tensor]:
-    """The gradients of w (K, C, *taps) and b (K,), in float32 at least, given that of y, g."""
-    z = materialize(x, p, None, g.dtype)
-    w, b = g.new_empty((g.shape[1], x.shape[1], *taps)), g.new_empty(g.shape[1])
-    _, dw, _ = library.conv_backward(g, z, w, b, geometry, (False, True, False))
+) -> Tensor:
+    """The gradient of w (K, C, *taps), in float32 at least, given that of y, g (N, K, *Y)."""
+    z = _transformed(x, p, None, g.dtype)
+    w = g.new_empty((g.shape[1], x.shape[1], *taps))
+    _, dw, _ = library.conv_backward(g, z, w, None, geometry, (False, True, False))
     assert dw is not None
-    wide = torch.promote_types(g.dtype, torch.float32)
-    return dw.to(wide).contiguous(), g.to(wide).sum((0, *range(2, g.ndim)))
+    return torch.empty_like(w, dtype=torch.promote_types(g.dtype, torch.float32)).copy_(dw)
 
 
 def conv_transposed(
@@ -88,7 +87,7 @@ def conv_transposed(
 
     w (K, C, *T), in whose dtype it is computed; bias (C,), epilogue and residual as `conv_fprop`.
     """
-    z = materialize(x, p, None, w.dtype)
+    z = _transformed(x, p, None, w.dtype)
     y = library.conv_transposed(z, w, b, geometry, (0,) * (x.ndim - 2))
     return materialize(y, epilogue, residual, w.dtype, words=True)
 
@@ -100,7 +99,7 @@ def max_pool(x: Tensor, p: Prologue, window: tuple[int, ...]) -> tuple[Tensor, T
     is, counted row by row, in uint8 for up to 256 places, else int32; as torch has it, the first of
     equals, and the last NaN. Voxels that a size leaves over at the end are dropped.
     """
-    z = materialize(x, p, None, x.dtype)
+    z = _transformed(x, p, None, x.dtype)
     y, where = layout.pooled(x, window)
     y.fill_(-math.inf)
     where.zero_()
@@ -135,7 +134,8 @@ def moments(x: Tensor, p: Prologue) -> Moments:
     """Mean and variance over the voxels of act(s1 x + t1), for x (N, C, *X): (N, C) each."""
     _, v = _inner(x, p)
     space = tuple(range(2, x.ndim))
-    return Moments(v.mean(space), v.var(space, correction=0))
+    mean, var = v.mean(space), v.var(space, correction=0)
+    return Moments(layout.tables(x).copy_(mean), layout.tables(x).copy_(var))
 
 
 def materialize(
@@ -143,15 +143,20 @@ def materialize(
 ) -> Tensor:
     """z = s2 act(s1 x + t1) + t2 (+ residual), for x (N, C, *X), in `dtype`.
 
-    In the layout of x; or channels last in whole `words`, as convolutions read it (`layout`).
+    Laid out as x; or channels last in whole `words`, as convolutions read it (`layout`).
     """
+    z = _transformed(x, p, residual, dtype)
+    if words:
+        return layout.empty(tuple(z.shape), dtype, z.device).copy_(z)
+    return layout.likened(z, x)
+
+
+def _transformed(x: Tensor, p: Prologue, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """z (+ residual), in any layout; x itself where nothing is done to it."""
     _, z = _inner(x, p)
     if p.s2 is not None and p.t2 is not None:
         z = _over(p.s2, x) * z + _over(p.t2, x)
-    if residual is not None:
-        z = z + residual
-    z = z.to(dtype)
-    return layout.empty(tuple(z.shape), dtype, z.device).copy_(z) if words else z
+    return (z if residual is None else z + residual).to(dtype)
 
 
 def concatenate(x: Tensor, p: Prologue, x2: Tensor, p2: Prologue, dtype: torch.dtype) -> Tensor:
@@ -160,7 +165,8 @@ def concatenate(x: Tensor, p: Prologue, x2: Tensor, p2: Prologue, dtype: torch.d
     Channels last if x is.
     """
     z = layout.wider(x, x2.shape[1], dtype)
-    return torch.cat([materialize(x, p, None, dtype), materialize(x2, p2, None, dtype)], 1, out=z)
+    parts = [_transformed(x, p, None, dtype), _transformed(x2, p2, None, dtype)]
+    return torch.cat(parts, 1, out=z)
 
 
 def materialize_moments(
@@ -212,7 +218,7 @@ def prologue_dgrad(g: Tensor, x: Tensor, p: Prologue, fold: Fold | None, after: 
         dx = dx * _over(p.s1, x)
     if fold is not None and not after:
         dx = dx + _folded(fold, x.to(u.dtype))
-    return dx.to(x.dtype)
+    return layout.likened(dx.to(x.dtype), x)
 
 
 def resize(x: Tensor, p: Prologue, size: tuple[int, ...], grid: Grid) -> Tensor:
@@ -221,7 +227,7 @@ def resize(x: Tensor, p: Prologue, size: tuple[int, ...], grid: Grid) -> Tensor:
 
     out[i] = sum_j  prod_a max(0, 1 - |p_a(i_a) - j_a|) z[j]    over the axes a, p being `grid`
     """
-    z = materialize(x, p, None, torch.promote_types(x.dtype, torch.float32))
+    z = _transformed(x, p, None, torch.promote_types(x.dtype, torch.float32))
     for axis, (old, new, *where) in enumerate(zip(x.shape[2:], size, *grid, strict=True)):
         z = along(z, axis + 2, hats(positions(z, new, *where), old))
     return layout.sized(x, size, x.dtype).copy_(z)
@@ -261,7 +267,8 @@ def along(x: Tensor, axis: int, matrix: Tensor) -> Tensor:
 
 
 def _exact(device: str) -> AbstractContextManager:
-    available = torch.amp.is_autocast_available(device)
+    # (a tracer cannot ask before torch 2.12, and traces for devices that have it)
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
     return torch.autocast(device, enabled=False) if available else nullcontext()
 
 

@@ -6,6 +6,7 @@ strides: of samples, channels and voxels; so one kernel serves channels-first (t
 """
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -73,6 +74,12 @@ def edge(C, WORDS: tl.constexpr):
     if WORDS:
         last = tl.cdiv(C, 8) * 8
     return last
+
+
+@triton.jit
+def whole(start, lane, wanted):
+    """Channels start + lane, in words of 8; those of the first word where they are not wanted."""
+    return tl.where(wanted, start + lane // 8 * 8, 0) + lane % 8
 
 
 @triton.jit
@@ -219,10 +226,13 @@ def derivative(u, p, q, slope, ACT: tl.constexpr):
 
 
 def strided(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """The tensor and its three strides; copied if the voxels have no common stride."""
+    """The tensor and its three strides; copied if the voxels have no common stride.
+
+    Results are laid out alike, be they made of the tensor or of the copy (`layout.sized`).
+    """
     steps = layout.strides(x)
     if steps is None:
-        x = x.contiguous()
+        x = layout.like(x, x.dtype).copy_(x)
         steps = layout.strides(x)
         assert steps is not None
     return x, steps
@@ -273,6 +283,6 @@ def in_words(*images: Tensor) -> bool:
 def launch(kernel: Any, x: Tensor, config: AnyConfig, *args: Any, **constants: Any) -> None:
     """Start the kernel on the device of x, which need not be the current one."""
     if config.programs:
-        with torch.cuda.device_of(x):
-            constants |= {**config.blocks, **config.options, **OPTIONS}
+        constants |= {**config.blocks, **config.options, **OPTIONS}
+        with torch.cuda.device_of(x) if x.is_cuda else nullcontext():
             kernel[(config.programs,)](*args, **constants)

@@ -117,7 +117,7 @@ class Controller:
         self.kept, passed, failed = None, [], []
         if config.getoption("--resume"):
             self.kept = config.cache.mkdir("cassetta") / "outcomes.txt"
-            self.fingerprint = _fingerprint()
+            self.fingerprint = _fingerprint(config.getoption("--simulate", None))
             passed, failed = _read(self.kept, self.fingerprint)
         if self.log is not None:
             self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -234,14 +234,14 @@ def _grouped(reasons, order):
             yield f"  {first}{others}: {reasons[cases[0]]}"
 
 
-def _fingerprint():
+def _fingerprint(simulated):
     """Of all that the outcome of a test depends on."""
     import torch
 
     root = Path(__file__).parent.parent
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     triton = [one.version for one in importlib.metadata.distributions(name="triton")]
-    digest = hashlib.sha256(f"{gpu} {torch.__version__} {triton[:1]}".encode())
+    digest = hashlib.sha256(f"{gpu} {simulated} {torch.__version__} {triton[:1]}".encode())
     for folder in ("cassetta", "kernels", "tests"):
         for path in sorted((root / folder).rglob("*.py")):
             digest.update(path.read_bytes())

@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
@@ -64,6 +66,36 @@ def assert_registered(name: str, run: Callable[[], Any]) -> None:
         run()
     arguments = [args for func, args in counted.calls if func is operator]
     torch.library.opcheck(operator, arguments[0])
+
+
+class AsTold(TorchDispatchMode):
+    """Asserts that each operator of ours returns what compilers are told: to the stride, since they
+    index by it, and no tensor that it was given."""
+
+    def __enter__(self) -> "AsTold":
+        self.names: set[str] = set()
+        self.mode = FakeTensorMode()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.namespace == "cassetta":
+            fake = lambda t: self.mode.from_tensor(t.detach())  # noqa: E731
+            given = tree_map_only(Tensor, fake, args)
+            with self.mode:
+                told = func(*given)
+            found, expected = ([_lies(t) for t in tree_leaves(one)] for one in (out, told))
+            assert found == expected, f"{func}: {found}, but compilers are told of {expected}"
+            places = [t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)]
+            own = [t.untyped_storage().data_ptr() for t in tree_leaves(out) if t.numel()]
+            assert {*places}.isdisjoint(own), f"{func} returns what it was given"
+            assert len({*own}) == len(own), f"{func} returns views of one tensor"
+            self.names.add(func.name().removeprefix("cassetta::"))
+        return out
+
+
+def _lies(t: Tensor) -> tuple[Any, ...]:
+    return tuple(t.shape), t.stride(), t.storage_offset(), t.dtype
 
 
 class NothingRead(TorchDispatchMode):

@@ -1,8 +1,10 @@
 """Every test begins at the same random state, leaves the requested backend as it found it, and
 has a folder of its own for what is measured.
 
-Without a GPU, kernels are interpreted on the CPU. Triton decides that when it is imported, so it is
-imported here; afterwards the environment is as users have it, and the fixture `kernels` asks again.
+Without a GPU, kernels are interpreted on the CPU; with `--simulate 80` (or 90) they are compiled
+for such a GPU and run in the simulator of its PTX (`ptxsim`). Triton decides which when the kernels
+are imported, so they are imported here; afterwards the environment is as users have it, and the
+fixture `kernels` asks again.
 """
 
 import importlib.util
@@ -12,17 +14,60 @@ import os
 import pytest
 import torch
 
-from cassetta.kernels import dispatch, evidence, plans
+from cassetta.kernels import boxes, dispatch, evidence, plans
 
 pytest_plugins = ["budget"]
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-if HAS_TRITON and DEVICE == "cpu":
-    os.environ[dispatch.INTERPRET] = "1"
+RUNNER = "gpu" if DEVICE == "cuda" else "interpreter"
+"""Who runs kernels in tests; "simulator" by --simulate."""
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--simulate", type=int, choices=(80, 90), help="run kernels as on such a GPU, on the CPU"
+    )
+
+
+def pytest_configure(config):
+    global RUNNER
+    config.addinivalue_line("markers", "simulated: runs in the simulator only (--simulate)")
+    arch = config.getoption("--simulate")
+    if arch is not None:
+        RUNNER = "simulator"
+        _simulate(arch)
+    elif HAS_TRITON and DEVICE == "cpu":
+        os.environ[dispatch.INTERPRET] = "1"
+        dispatch._triton_passes()
+        del os.environ[dispatch.INTERPRET]
+
+
+def _simulate(arch):
+    """Kernels of this process are compiled for sm_`arch`, and run in the simulator, on the CPU."""
+    import ptxsim
+
+    try:
+        ptxsim.install(("cuda", arch, 32))
+    except ptxsim.UnsupportedError as error:
+        raise pytest.UsageError(f"--simulate {arch}: {error}") from None
     dispatch._triton_passes()
-    del os.environ[dispatch.INTERPRET]
+    copied = boxes.are_copied
+    boxes.are_copied = lambda device: arch >= 90 if device.type == "cpu" else copied(device)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Where kernels are simulated, nothing runs but what runs kernels."""
+    if config.getoption("--simulate") is None:
+        for item in items:
+            if item.get_closest_marker("simulated"):
+                item.add_marker(pytest.mark.skip("runs in the simulator: --simulate 80 or 90"))
+        return
+    wanted = [i for i in items if i.get_closest_marker("simulated") or "kernels" in i.fixturenames]
+    config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+    items[:] = wanted
+
 
 _numbers = itertools.count()
 
@@ -39,7 +84,7 @@ def _same_start(monkeypatch, tmp_path_factory):
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """The device on which kernels run in this test: a GPU, or the CPU, interpreted.
+    """The device on which kernels run in this test: a GPU, or the CPU, interpreted or simulated.
 
     What `torch.empty` and the like return holds NaN, so that an element that nobody writes is seen.
     """
@@ -64,7 +109,7 @@ def engine(request):
 def large_tiles():
     """The interpreter takes its time per step, whatever its size, and no GPU has to hold it."""
     large = plans.GemmPlan(1024, 128, 128), plans.WgradPlan(512, 128, 512)
-    return plans.use_plan(*(large if DEVICE == "cpu" else ()))
+    return plans.use_plan(*(large if RUNNER == "interpreter" else ()))
 
 
 def _poisoned(make):

@@ -134,13 +134,29 @@ def test_boxes_are_copied_as_a_whole(arch, channels):
     assert wgrad == ["_conv_wgrad_kernel", few, "True", "False", "0"]
 
 
+@pytest.mark.parametrize(
+    ("arch", "plan"),
+    [(86, "GemmPlan()"), (120, "GemmPlan()"), (90, "GemmPlan(128, 128, 64, 4, True)")],
+)
+def test_plans_say_how_much_shared_memory_they_take(arch, plan):
+    """At most; and these, which take the most of all, are as much as there is."""
+    out = run(f"""{convolved(arch, 128, plan, "WgradPlan(64, 128, 64)")}
+    plan = WgradPlan(64, 128, 64) if "wgrad" in name else {plan}
+    print(name, built.metadata.shared <= plan.shared(2) <= aot.SHARED[{arch}])
+""")
+    names = ["_conv_kernel", "_conv_kernel", "_conv_wgrad_kernel"]
+    assert out.splitlines() == [f"{name} True" for name in names]
+
+
 def test_a_fault_is_an_excess():
     out = run("""
 from cassetta.kernels.aot import Report
 good = Report("k", "c", 90, 32, 0, 1000, "")
 print(good.excess, good._replace(spilled=8).excess, good._replace(shared=300_000).excess, sep="|")
+print(good._replace(spilled=8, shortage="few").excess)
 """)
-    assert out == "None|8 bytes of registers spill|300000 bytes of shared memory, of 232448"
+    spilled, large, both = "8 bytes of registers spill", "300000 bytes of shared memory", "few"
+    assert out.splitlines() == [f"None|{spilled}|{large}, of 232448", f"{spilled}; {both}"]
 
 
 def test_a_spill_is_seen():
@@ -163,7 +179,8 @@ print([report.spilled > 0 for report in reports])
 
 
 @pytest.mark.parametrize(
-    ("fault", "code"), [({}, 0), ({"spilled": 8}, 1), ({"shared": 300_000}, 1)]
+    ("fault", "code"),
+    [({}, 0), ({"spilled": 8}, 1), ({"shared": 300_000}, 1), ({"shortage": "too few"}, 1)],
 )
 def test_a_fault_is_the_exit_code(fault, code):
     out = run(f"""

@@ -1,12 +1,22 @@
 """Convolutions whose tiles are boxes, as newer GPUs copy them: as right as those that gather."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_convolutions import CASES, assert_as_good_as_torch, problem
 
-from cassetta.kernels import boxes, configs, dispatch, layout, plans, reference
+from cassetta.kernels import (
+    boxes,
+    configs,
+    dispatch,
+    evidence,
+    layout,
+    machine,
+    plans,
+    reference,
+)
 from cassetta.kernels.types import NOTHING, Geometry
 
 tile = pytest.importorskip("cassetta.kernels.tile")
@@ -70,10 +80,10 @@ def test_a_voxel_that_no_tap_reads_is_not_read(kernels):
     x[..., 19] = float("nan")
     valid = Geometry((1,), ((0, 0),), (1,))
     with plans.use_plan(*PLANS):
-        dw, _ = dispatch.passes(x.to(kernels)).conv_wgrad(
+        dw = dispatch.passes(x.to(kernels)).conv_wgrad(
             g.to(kernels), x.to(kernels), NOTHING, (3,), valid
         )
-    truth, _ = reference.conv_wgrad(g, x, NOTHING, (3,), valid)
+    truth = reference.conv_wgrad(g, x, NOTHING, (3,), valid)
     assert truth.isnan().any(2).all()
     assert not truth[..., :2].isnan().any()
     torch.testing.assert_close(dw.cpu(), truth, rtol=0, atol=1e-4, equal_nan=True)
@@ -146,15 +156,26 @@ def test_strides_of_an_image():
     assert boxes.strides(huge) is None
 
 
-def test_who_copies_boxes(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    device = torch.device("cuda")
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that there is not: a function sets what it is."""
+
+    def become(*capability, shared=232_448):
+        found = machine.Gpu("", capability, 2**34, 2**25, shared)
+        monkeypatch.setattr(machine, "gpu", lambda device: found)
+        return torch.device("cuda")
+
+    return become
+
+
+def test_who_copies_boxes(gpu):
+    device = gpu(8, 9)
     assert not boxes.are_copied(device)
     product = plans.Product("conv_fprop", (1, 8, 64), 8, (3,), UNIT, torch.float16)
     assert not any(plan.boxes for plan in plans.candidates(product, device))
     with plans.use_plan(plans.GemmPlan(boxes=True)):
         gathered = configs.gemm(product, 1, (1, 1, 64), device, False, lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        gpu(9, 0)
         boxed = configs.gemm(product, 1, (1, 1, 64), device, False, lambda: True)
         scattered = configs.gemm(product, 1, (1, 1, 64), device, False, lambda: False)
     assert gathered.box == scattered.box == boxes.NO_BOX
@@ -164,3 +185,57 @@ def test_who_copies_boxes(monkeypatch):
     assert not any(plan.boxes for plan in plans.candidates(halved, device))
     back = halved._replace(name="conv_dgrad")
     assert any(plan.boxes for plan in plans.candidates(back, device))
+
+
+@pytest.mark.parametrize("capability", [(10, 0), (10, 3)])
+def test_boxes_are_not_copied_where_triton_is_wrong(monkeypatch, gpu, capability):
+    """On 10.0 before triton 3.6; on 9.0 all of its descriptors are right, and others have none."""
+    for version, right in (((3, 5), False), ((3, 6), True), ((3, 10), True)):
+        monkeypatch.setattr(boxes, "_triton", lambda version=version: version)
+        assert boxes.are_copied(gpu(*capability)) == right
+        assert boxes.are_copied(gpu(9, 0))
+        assert not any(boxes.are_copied(gpu(*other)) for other in ((8, 6), (12, 0)))
+    monkeypatch.setattr(boxes, "_triton", lambda: (3, 5))
+    product = plans.Product("conv_fprop", (1, 8, 64), 8, (3,), UNIT, torch.float16)
+    device = gpu(*capability)
+    assert not any(plan.boxes for plan in plans.candidates(product, device))
+    with plans.use_plan(plans.GemmPlan(boxes=True)):  # whoever asks for it
+        config = configs.gemm(product, 1, (1, 1, 64), device, False, lambda: True)
+    assert config.box == boxes.NO_BOX
+
+
+@pytest.mark.parametrize("version", ["3.4.0", "3.10.0+git1234", "3.6"])
+def test_the_version_of_triton_is_read(monkeypatch, version):
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", version)
+    found = boxes._triton.__wrapped__()
+    assert found == {"3.4.0": (3, 4), "3.10.0+git1234": (3, 10), "3.6": (3, 6)}[version]
+
+
+@pytest.mark.parametrize("dtype", configs.dtypes())
+@pytest.mark.parametrize("name", ["conv_fprop", "conv_dgrad", "conv_wgrad"])
+def test_plans_fit_into_the_shared_memory(monkeypatch, gpu, name, dtype):
+    """Of GPUs with 99 KB too: the same first plan, none that a launch would fail with offered."""
+    monkeypatch.setattr(boxes, "_triton", lambda: (3, 6))
+    product = plans.Product(name, (1, 128, 64), 128, (3,), UNIT, dtype)
+    large, small = gpu(10, 0), 101_376
+    every = plans.candidates(product, large)
+    assert every == [*product.plans]
+    device = gpu(10, 0, shared=small)
+    some = plans.candidates(product, device)
+    assert some == [plan for plan in every if plan.shared(dtype.itemsize) <= small]
+    assert some[0] == every[0] == plans.chosen(product, device)
+    most = plans.GemmPlan(128, 128, 64, 4, True)  # 128 KB of operands in 16 bits
+    assert {*every} - {*some} == ({most} & {*every})
+
+
+def test_a_plan_that_does_not_fit_is_not_taken_from_a_table(monkeypatch, gpu):
+    """Of a GPU of the same name, for instance, that lends less of its memory."""
+    product = plans.Product("conv_fprop", (1, 128, 64), 128, (3,), UNIT, torch.float16)
+    most = plans.GemmPlan(128, 128, 64, 4, True)
+    record = evidence.Record(str(most), {str(most): 1.0}, {})
+    table = SimpleNamespace(records={product.key: record}, find=lambda key: record)
+    monkeypatch.setattr(evidence, "table", lambda device: table)
+    assert plans.chosen(product, gpu(9, 0)) == most
+    assert plans.chosen(product, gpu(9, 0, shared=101_376)) == product.plans[0]

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 import cassetta
-from cassetta.kernels import BackendError, backend, dispatch, library, reference, why_reference
+from cassetta.kernels import (
+    BackendError,
+    backend,
+    dispatch,
+    library,
+    machine,
+    reference,
+    why_reference,
+)
 from cassetta.layers import Conv
 
 
@@ -67,13 +75,14 @@ def test_a_refused_backend_changes_nothing(monkeypatch):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Pretend that there is a GPU, of which no kernel is asked to run."""
+    """Pretend that there is a GPU, of which no kernel is asked to run; its capability is a list."""
+    found = [(9, 0)]
+    one = lambda device=None: machine.Gpu("a GPU", found[0], 2**36, 2**25, 2**17)  # noqa: E731
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    capability = [(9, 0)]
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability[0])
+    monkeypatch.setattr(machine, "gpu", one)
+    monkeypatch.setattr(machine, "gpus", lambda: [one()])
     monkeypatch.setattr(torch.version, "hip", None)
-    return capability
+    return found
 
 
 class Image:
@@ -105,8 +114,8 @@ def test_reasons_on_a_gpu(monkeypatch, gpu):
     with cassetta.use_backend("triton"):
         assert why(monkeypatch, size=100) is None
     gpu[0] = (7, 5)
-    assert "no GPU here has compute capability 8.0" in why(monkeypatch)
-    with pytest.raises(BackendError, match="the best has 7.5"):
+    assert "this GPU has compute capability 7.5, and 8.0 is needed" in why(monkeypatch)
+    with pytest.raises(BackendError, match=r"no GPU .* 8.0 or newer \(the best has 7.5\)"):
         cassetta.set_backend("triton")
     monkeypatch.setattr(torch.version, "hip", "6.0")
     assert "ROCm" in why(monkeypatch)

@@ -1,5 +1,8 @@
 """`cassetta check`: kernels that are right pass, and one that is wrong or fails is named."""
 
+import functools
+import itertools
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -8,16 +11,25 @@ from conftest import large_tiles
 
 from cassetta.backbones import MeshNet
 from cassetta.cli import main
-from cassetta.kernels import activations, configs, dispatch
+from cassetta.kernels import activations, boxes, configs, dispatch, plans, reference
+from cassetta.kernels.types import Geometry
 from cassetta.layers import ConvBlock
 from cassetta.measure import agreement, checking
+
+UNIT = Geometry((1,), ((0, 0),), (1,))
 
 
 @pytest.fixture
 def few(monkeypatch, kernels):
-    """Two activations, one dtype, a convolution, a block and a network."""
+    """Two activations, one dtype, some passes and plans, a convolution, a block, a network."""
     monkeypatch.setattr(activations, "NAMES", ("relu", "prelu"))
     monkeypatch.setattr(configs, "dtypes", lambda: (torch.float32,))
+    monkeypatch.setattr(agreement, "PLANNED", ("moments", "materialize"))
+    monkeypatch.setattr(agreement, "PASSES", ("moments", "materialize", "concatenate"))
+    monkeypatch.setattr(plans, "PLANS", plans.PLANS[:2])
+    monkeypatch.setattr(plans, "_GEMM_PLANS_32", plans._GEMM_PLANS_32[::3])
+    monkeypatch.setattr(plans, "_WGRAD_PLANS_32", plans._WGRAD_PLANS_32[1:])
+    monkeypatch.setattr(checking, "SHAPES", ((2, 21, 7, 6), (1, 5, 300)))
     _, *how = checking.CONVOLUTIONS["even"]
     some = {"even": ((1, 8, 9, 7), *how)}
     monkeypatch.setattr(checking, "CONVOLUTIONS", some)
@@ -40,48 +52,155 @@ def spoil(monkeypatch, name, run):
     monkeypatch.setattr(dispatch, "_triton_passes", lambda: wrong)
 
 
+def wrong(device, *names):
+    """What is at fault, and how, of the comparisons of these names, or of all."""
+    planned = [one for one in checking.comparisons(device) if not names or one.what in names]
+    assert {one.what for one in planned} >= {*names}
+    return {one.what: why for one in planned if (why := one.run())}
+
+
 def test_what_is_right_passes(few):
-    rows = [*checking.check(few)]
-    assert [row.why for row in rows] == [None] * len(rows)
-    names = [row.what for row in rows]
-    products = ["conv_fprop", "conv_dgrad", "conv_wgrad"]
-    nets = [name for name in ("block, instance norm", "MeshNet") for _ in ("library", "gemm")]
-    assert names == [*agreement.PASSES * 2, *products, *nets]
+    assert wrong(few) == {}
+
+
+def test_every_plan_that_a_launch_may_take(monkeypatch, few):
+    """Of each pass, in each precision; what is most decisive comes first."""
+    planned = checking.comparisons(few)
+    parts = [one.part for one in planned]
+    assert [*dict.fromkeys(parts)] == [*checking.PARTS]
+    assert parts == sorted(parts, key=checking.PARTS.index)
+    pairs = {(one.what, one.plan) for one in planned if one.plan}
+    expected = {*itertools.product(agreement.PLANNED, map(str, plans.PLANS))}
+    _, sizes = checking.CONVOLUTIONS.popitem()
+    for pass_, names in agreement.PRODUCTS.items():
+        product = plans.Product(pass_, *sizes, torch.float32)
+        gathering = [str(plan) for plan in product.plans if not plan.boxes]
+        expected |= {*itertools.product(names, gathering)}
+    assert pairs == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_boxes_are_compared_where_the_device_copies_them(monkeypatch, dtype):
+    monkeypatch.setattr(configs, "dtypes", lambda: (dtype,))
+    for copied in False, True:
+        monkeypatch.setattr(boxes, "are_copied", lambda device, copied=copied: copied)
+        planned = checking.comparisons(torch.device("cpu"))
+        boxed = {(one.what, one.plan) for one in planned if "boxes" in one.plan}
+        assert any(one.case.startswith("wide") for one in planned)
+        expected = set()
+        for pass_, names in agreement.PRODUCTS.items() if copied else ():
+            product = plans.Product(pass_, *checking.CONVOLUTIONS["wide"], dtype)
+            found = [str(plan) for plan in product.plans if plan.boxes]
+            expected |= {*itertools.product(names, found)}
+        assert boxed - {one for one in boxed if one[0] == "conv_transposed"} == expected
+
+
+def test_wide_products_have_many_warps():
+    """As many as any launch has: those were wrong in other compilers' loops on H100."""
+    samples, c, *size = checking.CONVOLUTIONS["wide"][0]
+    product = plans.Product("conv_fprop", *checking.CONVOLUTIONS["wide"], torch.float16)
+    device = torch.device("meta")
+    config = configs.gemm(product, samples, tuple(size), device, False, lambda: True)
+    assert (config.warps, config.block_n, config.block_k) == (8, c, 64)
+    weights = product._replace(name="conv_wgrad")
+    with plans.use_plan(weights.plans[1]):
+        assert configs.wgrad(weights, tuple(size), device, False, lambda: True).warps == 8
 
 
 def test_what_is_wrong_is_named(monkeypatch, few):
     spoil(monkeypatch, "materialize", lambda out: 1.01 * out)
-    wrong = {row.what: row.why for row in checking.check(few) if row.why}
-    assert {*wrong} == {"materialize", "block, instance norm", "MeshNet"}
-    assert wrong["materialize"].startswith("its result 0 is off by 0.01 of its size")
+    names = "materialize", "block, instance norm", "MeshNet"
+    found = wrong(few, "moments", *names)
+    assert {*found} == {*names}
+    assert found["materialize"].startswith("its result 0 is off by 0.01 of its size")
 
 
 def test_what_fails_is_named_also_without_words(monkeypatch, few):
     def fails(out):
         raise AssertionError
 
-    spoil(monkeypatch, "prologue_dgrad", fails)
-    wrong = {row.what: row.why for row in checking.check(few) if row.why}
-    assert wrong["prologue_dgrad"] == "it fails (AssertionError:)"
-    assert "MeshNet" in wrong
+    spoil(monkeypatch, "materialize", fails)
+    found = wrong(few, "materialize", "MeshNet")
+    assert found["materialize"] == "it fails (AssertionError:)"
+    assert "MeshNet" in found
+
+
+def test_what_changes_from_run_to_run_is_named(monkeypatch):
+    """Within all tolerance: passes are deterministic, so that threads must have raced."""
+    count = itertools.count()
+
+    def moments(x, p):
+        mean, var = reference.moments(x, p)
+        return mean + 1e-6 * next(count), var
+
+    monkeypatch.setattr(dispatch, "passes", lambda x: SimpleNamespace(moments=moments))
+    drawn = checking._drawn("relu", torch.float32, (2, 3, 50), False, torch.device("cpu"))
+    one = checking._Judged(drawn, "ieee").by(plans.Plan(), "", "moments", "")
+    assert one.run() == "it gives other bits when it is run again: its threads race"
+    monkeypatch.setattr(dispatch, "passes", lambda x: reference)
+    assert one.run() is None
+
+
+def test_short_factors_have_their_own_slack():
+    """TF32 has the digits of float16, and torch may have computed with whole factors."""
+    product = plans.Product("conv_fprop", (1, 4, 8), 4, (1,), UNIT, torch.float32)
+    drawn = functools.partial(agreement.ProductWork.drawn, product, torch.device("cpu"))
+    assert checking._Judged(drawn, "tf32")._slack(drawn()) == agreement.SLACK[torch.float16]
+    assert checking._Judged(drawn, "ieee")._slack(drawn()) is None
 
 
 def test_a_network_that_is_not_fused_is_no_success(monkeypatch, few):
     monkeypatch.setattr(dispatch, "_why_no_kernel", lambda x: "this is a test")
-    last = [*checking.check(few)][-1]
-    assert "runs as plain PyTorch: this is a test" in last.why
+    nets = [one for one in checking.comparisons(few) if one.part == "networks"]
+    assert "runs as plain PyTorch: this is a test" in nets[-1].run()
+
+
+@pytest.mark.parametrize("name", agreement.PASSES)
+def test_every_pass_has_its_work(name):
+    drawn = checking._drawn("prelu", torch.float64, (1, 2, 6, 5), True, torch.device("cpu"))
+    found = drawn().step(reference, name)
+    assert found.tensors
+    assert all(one.isfinite().all() for one in found.tensors)
+
+
+@pytest.mark.parametrize(
+    "name", [one for several in agreement.PRODUCTS.values() for one in several]
+)
+def test_every_product_has_its_work(name):
+    """Fused with it is what changes its result."""
+    product = plans.Product("conv_fprop", *checking.CONVOLUTIONS["even"], torch.float64)
+    work = agreement.ProductWork.drawn(product, torch.device("cpu"))
+    (found, *_), pass_ = work.step(reference, name).tensors, name.partition(",")[0]
+    (usual, *_) = work.step(reference, pass_).tensors
+    assert found.shape == usual.shape
+    assert torch.equal(found, usual) == (name in (pass_, "conv_dgrad, alone"))
 
 
 def test_the_command_says_what_is_at_fault(monkeypatch, few, capsys):
-    assert main(["check"]) == 0
-    assert "21 comparisons on" in capsys.readouterr().out
+    only = ("moments", "materialize")
+    planned = [one for one in checking.comparisons(few) if one.what in only]
+    monkeypatch.setattr(checking, "comparisons", lambda device: planned)
     spoil(monkeypatch, "moments", lambda out: (out[0] + 1, out[1]))
     assert main(["check"]) == 1
     out = capsys.readouterr().out
-    assert "moments (2x21x9x10x11 last float32, relu): its result 0 is off by" in out
+    case = "(2x21x7x6 last float32, silu, 2048 elements, 8 warps)"
+    assert f"moments {case}: its result 0 is off by" in out
     assert "0 at fault" not in out
-    assert main(["check", "--budget", "1e-9"]) in (0, 1)
-    assert "1 comparisons" in capsys.readouterr().out
+    assert re.search(r"^first plans \d+ s, networks \d+ s, ", out, re.MULTILINE)
+    assert "pairs of pass and plan were compared" in out
+    assert "not compared" not in out
+
+
+def test_the_command_says_what_the_budget_left_out(few, capsys):
+    count = len(checking.comparisons(few))
+    assert main(["check", "--budget", "1e-9"]) == 0
+    out = capsys.readouterr().out
+    assert "1 comparisons on" in out
+    assert f"{count - 1} comparisons are left out" in out
+    assert re.search(r"^1 of \d+ pairs of pass and plan were compared$", out, re.MULTILINE)
+    second = plans.PLANS[1]
+    assert f"not compared: moments by {second}\n" in out  # the first plan was
+    assert "not compared: conv_wgrad, fused by 64 x 32 x 32, 3 stages\n" in out
 
 
 def test_the_command_refuses(monkeypatch, capsys):

@@ -145,6 +145,7 @@ def test_the_wheel_holds_everything(wheel):
         assert place.replace("kernels/", "cassetta/kernels/", 1) in names
     assert "cassetta/py.typed" in names
     assert not any(name.startswith(("kernels/", "tests/", "bench/")) for name in names)
+    assert not any("ptxsim" in name for name in names)  # the simulator is for tests
 
 
 def test_the_wheel_installed_works_from_another_folder(wheel, tmp_path):

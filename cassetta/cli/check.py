@@ -1,10 +1,13 @@
-"""Compare every kernel with plain PyTorch on this machine's GPU, in every precision.
+"""Compare every kernel with plain PyTorch on this machine's GPU, by every plan, in every precision.
+
+The most decisive comparisons come first; what the budget does not suffice for is named at the end.
 
 The exit code is 0 if all are as they should be, 1 if any is not, and 2 if none can run here.
 """
 
 import argparse
 import time
+from collections import defaultdict
 
 import torch
 from rich.console import Console
@@ -28,17 +31,40 @@ def run(arguments: argparse.Namespace) -> int:
     if why:
         raise CommandError(f"there is no kernel to check: {why}")
     device = torch.device("cpu" if dispatch.is_interpreted() else "cuda")
-    console = Console(soft_wrap=True)
-    start, wrong, count = time.perf_counter(), 0, 0
-    for row in checking.check(device):
-        count += 1
-        if row.why:
+    console = Console(soft_wrap=True, highlight=False)
+    start, wrong, spent, done = time.perf_counter(), 0, defaultdict(float), []
+    torch.manual_seed(0)
+    planned = checking.comparisons(device)
+    for one in planned:
+        done.append(one)
+        before = time.perf_counter()
+        fault = one.run()
+        now = time.perf_counter()
+        spent[one.part] += now - before
+        if fault:
             wrong += 1
-            console.print(f"[red]{row.what}[/] ({row.case}): {row.why}", highlight=False)
-        if time.perf_counter() - start > arguments.budget:
-            console.print(f"the budget of {arguments.budget:g} s is spent; the rest is not checked")
+            plan = f", {one.plan}" * bool(one.plan)
+            console.print(f"[red]{one.what}[/] ({one.case}{plan}): {fault}")
+        if now - start > arguments.budget:
             break
     where = "this GPU" if device.type == "cuda" else "the interpreter"
     seconds = time.perf_counter() - start
-    console.print(f"{count} comparisons on {where} in {seconds:.0f} s, {wrong} at fault")
+    console.print(f"{len(done)} comparisons on {where} in {seconds:.0f} s, {wrong} at fault")
+    console.print(", ".join(f"{part} {spent[part]:.0f} s" for part in checking.PARTS))
+    _print_pairs(console, done, planned[len(done) :])
     return 1 if wrong else 0
+
+
+def _print_pairs(console: Console, done: list, left: list) -> None:
+    """How many plans of passes were compared, and which ones were not."""
+    compared, others = (
+        {(one.what, one.plan): None for one in some if one.plan} for some in (done, left)
+    )
+    never = [pair for pair in others if pair not in compared]
+    total = len(compared) + len(never)
+    console.print(f"{len(compared)} of {total} pairs of pass and plan were compared")
+    if left:
+        console.print(f"the budget is spent: {len(left)} comparisons are left out")
+    for what in dict.fromkeys(what for what, _ in never):
+        names = "; ".join(plan for name, plan in never if name == what)
+        console.print(f"not compared: {what} by {names}")

@@ -1,6 +1,7 @@
 """Compile every kernel ahead of time, without a GPU, and print what it costs on each architecture.
 
-The exit code is 1 if a kernel spills registers or needs more shared memory than there is.
+The exit code is 1 if a kernel spills registers, needs more shared memory than there is, or has
+fewer buffers than its asynchronous products need (`kernels.buffers`).
 """
 
 import argparse
@@ -13,7 +14,7 @@ from rich.table import Table
 from cassetta.cli.errors import CommandError
 from cassetta.kernels import dispatch
 
-ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
+ARCHITECTURES = {f"sm_{arch}": arch for arch in (80, 86, 89, 90, 100, 120)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,6 +25,7 @@ from cassetta.cli.patches import AXES, Sampler, box
 from cassetta.cli.predict import probabilities
 from cassetta.cli.training import History, dice, peak_memory, train
 from cassetta.cli.volume import Split, Volume, labelled, read, split, template
+from cassetta.kernels import machine
 
 PATCH = {3: 24, 2: 32, 1: 32}
 BATCH = {3: 4, 2: 64, 1: 512}
@@ -175,9 +176,7 @@ def _write_result(
         "final_loss": history.losses[-1],
         "parameters": sum(p.numel() for p in net.parameters()),
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.machine(),
+        "device": machine.gpu(device).name if device.type == "cuda" else platform.machine(),
         "versions": {"cassetta": cassetta.__version__, "torch": torch.__version__},
     }
     (arguments.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")

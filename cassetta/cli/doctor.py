@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import cassetta
-from cassetta.kernels import dispatch
+from cassetta.kernels import dispatch, machine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,11 +72,9 @@ def _gpus() -> str:
     if not torch.cuda.is_available():
         return "none that torch can use"
     lines = []
-    for n in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(n)
-        lines.append(
-            f"{gpu.name}, capability {gpu.major}.{gpu.minor}, {gpu.total_memory >> 30} GiB"
-        )
+    for gpu in machine.gpus():
+        major, minor = gpu.capability
+        lines.append(f"{gpu.name}, capability {major}.{minor}, {gpu.memory >> 30} GiB")
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from torch.autograd import Function
 
 from cassetta.functional.deferred import Deferred, Launch
 from cassetta.functional.nodes import first_order
-from cassetta.functional.operands import built, refuse_other, rounded
+from cassetta.functional.operands import built, refuse_other, rounded, summed
 from cassetta.kernels import configs, ops
 from cassetta.kernels.activations import BY_RESULT
 from cassetta.kernels.types import (
@@ -134,16 +134,15 @@ class _ImplicitGemm(Function):
         dw = db = None
         dz, dsums = _image_gradient(ctx, g, w[:, :c], one, needs[0], ctx.is_summed[0])
         dz2, dsums2 = _image_gradient(ctx, g, w[:, c:], two, needs[2], ctx.is_summed[1])
-        if needs[4] or needs[5]:
+        if needs[4]:
             taps = tuple(w.shape[2:])
-            dw, db = ops.conv_wgrad(
-                g, *_operand(x, one.prologue, w, ctx.geometry), taps, ctx.geometry
-            )
+            dw = ops.conv_wgrad(g, *_operand(x, one.prologue, w, ctx.geometry), taps, ctx.geometry)
             if two is not None:
                 z2 = built(two.x, two.prologue, w.dtype, words=True)
-                dw = torch.cat([dw, ops.conv_wgrad(g, z2, NOTHING, taps, ctx.geometry)[0]], 1)
-            dw = dw.to(w.dtype) if needs[4] else None
-            db = db.to(w.dtype) if needs[5] else None
+                dw = torch.cat([dw, ops.conv_wgrad(g, z2, NOTHING, taps, ctx.geometry)], 1)
+            dw = dw.to(w.dtype)
+        if needs[5]:
+            db = summed(g).to(w.dtype)
         dr = g if needs[6] else None
         return dz, dsums, dz2, dsums2, dw, db, dr, *[None] * ctx.nb_others
 

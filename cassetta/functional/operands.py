@@ -26,6 +26,15 @@ def refuse_other(dtype: torch.dtype, weight: Tensor) -> None:
         )
 
 
+def summed(g: Tensor) -> Tensor:
+    """The gradient of a bias (K,), given that of the image it was added to, g (N, K, *Y).
+
+    A pass of its own, as no product can take it along (`kernels.conv_wgrad`); by torch, which adds
+    up in an order of its own, but always the same.
+    """
+    return g.sum((0, *range(2, g.ndim)), dtype=torch.promote_types(g.dtype, torch.float32))
+
+
 def built(x: Tensor, prologue: Prologue, dtype: torch.dtype, words: bool = False) -> Tensor:
     """What x stands for, for a kernel that applies nothing to it; see `ops.materialize`."""
     return x.to(dtype) if prologue.is_identity else ops.materialize(x, prologue, None, dtype, words)

@@ -12,7 +12,7 @@ from torch.autograd import Function
 
 from cassetta.functional.deferred import Deferred, Launch
 from cassetta.functional.nodes import first_order
-from cassetta.functional.operands import built, refuse_other, rounded
+from cassetta.functional.operands import built, refuse_other, rounded, summed
 from cassetta.kernels import library, ops
 from cassetta.kernels.types import NOTHING, Geometry, apart, flat, together, unflat
 
@@ -69,17 +69,12 @@ class _ConvTransposed(Function):
         with torch.autocast(g.device.type, enabled=False):
             if ctx.engine == "gemm":
                 dz = ops.conv_fprop(g, NOTHING, w, None, ctx.geometry)[0] if to_x else None
-                dw = ops.conv_wgrad(z, g, NOTHING, taps, ctx.geometry)[0] if to_w else None
+                dw = ops.conv_wgrad(z, g, NOTHING, taps, ctx.geometry) if to_w else None
             else:
                 dz = library.conv(g, w, None, ctx.geometry) if to_x else None
                 if to_w:
                     needs = (False, True, False)
                     _, dw, _ = library.conv_backward(z, g, w, None, ctx.geometry, needs)
         dw = None if dw is None else dw.to(w.dtype)
-        db = _summed(g).to(w.dtype) if to_b else None
+        db = summed(g).to(w.dtype) if to_b else None
         return dz, dw, db, g if to_r else None, *[None] * ctx.nb_others
-
-
-def _summed(g: Tensor) -> Tensor:
-    """The gradient of the bias."""
-    return g.sum((0, *range(2, g.ndim)), dtype=torch.promote_types(g.dtype, torch.float32))

@@ -192,13 +192,16 @@ class DownPool(Level, nn.Sequential):
 
     def _why_plain(self) -> str | None:
         pool, conv = self
-        usual = {"kernel_size": self.factor, "stride": self.factor, "padding": 0, "dilation": 1,
-                 "ceil_mode": False}  # fmt: skip
-        if type(pool) is not _POOL[self.ndim] or vars(pool) | usual != vars(pool):
+        if type(pool) is not _POOL[self.ndim] or not self._is_usual(pool):
             return f"its pooling is {pool}"
         if not self._changes_channels:
             return None if type(conv) is DoNothing else f"its last layer is {conv}"
         return why_other(conv, CONV[self.ndim], (1,) * self.ndim)
+
+    def _is_usual(self, pool: Any) -> bool:
+        """Whether the windows of a pooling are those that were built."""
+        edges = (pool.padding, pool.dilation, pool.ceil_mode)
+        return pool.kernel_size == pool.stride == self.factor and edges == (0, 1, False)
 
 
 class UpPool(Level, nn.Sequential):

@@ -28,7 +28,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from cassetta.kernels import dispatch, layout, precision
 from cassetta.kernels.plans import Product
-from cassetta.kernels.types import NOTHING, Activation, Fold, Geometry, Prologue
+from cassetta.kernels.types import NOTHING, Activation, Fold, Geometry, Grid, Prologue
 
 SLACK = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3.2e-2}
 """On the scale of the largest value. Four roundings to half precision; in float32 a hundred, for
@@ -120,7 +120,7 @@ def disagreement(
     return judge(ours, same, truth, deep)
 
 
-def attempt(run: Callable[[], Step]) -> Step | str:
+def attempt(run: Callable[[], Any]) -> Any | str:
     """What comes of a run, or how it fails, as a sentence; want of memory is not its fault."""
     try:
         return run()
@@ -167,10 +167,17 @@ class Work(NamedTuple):
         x, g, r, one, p = self
         fold = Fold(one, one, one)
         two, size = (2,) * (x.ndim - 2), tuple(x.shape[2:])
+        fine = tuple(2 * n for n in size)
+        grid = Grid((0.5,) * len(size), (0.5,) * len(size), (-0.5,) * len(size))
         found = {
             "max_pool": lambda: passes.max_pool(x, p, two)[:1],  # rounding decides where it is
             "max_pool_dgrad": lambda: (
                 passes.max_pool_dgrad(*passes.max_pool(x, NOTHING, two), two, size),
+            ),
+            "concatenate": lambda: (passes.concatenate(x, p, r, NOTHING, x.dtype),),
+            "resize": lambda: (passes.resize(x, p, fine, grid),),
+            "resize_dgrad": lambda: (
+                passes.resize_dgrad(passes.resize(x, NOTHING, fine, grid), size, grid),
             ),
             "moments": lambda: passes.moments(x, p),
             "materialize": lambda: (passes.materialize(x, p, r, x.dtype),),
@@ -212,33 +219,55 @@ class ProductWork(NamedTuple):
         return ProductWork(x, g, w, b, table, self.geometry)
 
     def step(self, passes: Any, name: str) -> Step:
-        """What a pass makes of it, with all that may leave with a product."""
+        """What a pass makes of it: as most blocks ask for it, or by another of its names in
+        `PRODUCTS`, with what else may be fused with it, or without.
+        """
         x, g, w, b, one, geometry = self
-        p, relu = Prologue(one, one, Activation("silu"), None, one, one), Activation("relu")
+        silu, relu = Activation("silu"), Activation("relu")
+        p, after = Prologue(one, one, silu, None, one, one), Prologue(activation=silu)
         taps, size = tuple(w.shape[2:]), tuple(x.shape[2:])
         found = {
             "conv_fprop": lambda: passes.conv_fprop(x, NOTHING, w, b, geometry, moments_of=relu),
+            "conv_fprop, fused": lambda: passes.conv_fprop(
+                x, p, w, b, geometry, epilogue=after, residual=g
+            )[:1],
             "conv_dgrad": lambda: passes.conv_dgrad(g, w, geometry, size, x, p, one),
-            "conv_wgrad": lambda: passes.conv_wgrad(g, x, NOTHING, taps, geometry),
+            "conv_dgrad, alone": lambda: passes.conv_dgrad(g, w, geometry, size)[:1],
+            "conv_transposed": lambda: (passes.conv_transposed(g, NOTHING, w, None, geometry),),
+            "conv_wgrad": lambda: (passes.conv_wgrad(g, x, NOTHING, taps, geometry),),
+            "conv_wgrad, fused": lambda: (passes.conv_wgrad(g, x, p, taps, geometry),),
         }[name]()
         return Step(tuple(f"result {n}" for n in range(len(found))), tuple(found))
 
 
-PASSES = (
-    "max_pool", "max_pool_dgrad", "moments", "materialize", "materialize_moments", "prologue_sums",
-    "prologue_dgrad",
-)  # fmt: skip
+PLANNED = ("moments", "materialize", "materialize_moments", "prologue_sums", "prologue_dgrad")
+"""Passes over an image that the tuner may plan."""
+
+PASSES = (*PLANNED, "max_pool", "max_pool_dgrad", "concatenate", "resize", "resize_dgrad")
+
+PRODUCTS = {
+    "conv_fprop": ("conv_fprop", "conv_fprop, fused"),
+    "conv_dgrad": ("conv_dgrad", "conv_dgrad, alone"),
+    "conv_wgrad": ("conv_wgrad", "conv_wgrad, fused"),
+}
+"""What `ProductWork.step` computes by a plan of each."""
 
 
-def judge(ours: Step, same: Step, truth: Step, deep: bool = False) -> str | None:
-    """Why `ours` is not as good as `same`, by the rule above; None if it is."""
+def judge(
+    ours: Step, same: Step, truth: Step, deep: bool = False, slack: float | None = None
+) -> str | None:
+    """Why `ours` is not as good as `same`, by the rule above; None if it is.
+
+    `slack` is that of the dtype of `ours`, if nothing else is said.
+    """
     if ours.names != truth.names:
         missing = set(truth.names) ^ set(ours.names)
         return f"there is no {' and no '.join(sorted(missing))} on one side"
     for name, one, other in zip(ours.names, ours.tensors, same.tensors, strict=True):
         if (one.shape, one.dtype) != (other.shape, other.dtype):
             return f"its {name} is {_kind(one)}, and should be {_kind(other)}"
-    slack = SLACK[ours.tensors[0].dtype]  # under autocast gradients of parameters are in float32
+    if slack is None:  # under autocast gradients of parameters are in float32
+        slack = SLACK[ours.tensors[0].dtype]
     errors = _summed if deep else _each
     for name, (off, usual) in errors(ours, same, truth).items():
         if not off <= 2 * usual + slack:  # nor is NaN

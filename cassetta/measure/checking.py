@@ -1,7 +1,13 @@
-"""Every kernel against plain PyTorch, on the machine at hand, by the rule of `agreement`."""
+"""Every kernel against plain PyTorch, on the machine at hand, by the rule of `agreement`.
 
+By every plan that a launch may take: they are different kernels, and what one computes says nothing
+of another. A kernel is also run again, and must give the same bits: no pass has atomics, so that
+what changes from run to run is a race.
+"""
+
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -9,87 +15,187 @@ from torch import Tensor, nn
 
 from cassetta.backbones import ATrousNet, MeshNet, UNet
 from cassetta.explanation import explain
-from cassetta.kernels import activations, configs, dispatch, plans, reference
+from cassetta.kernels import activations, configs, dispatch, plans, precision, reference
 from cassetta.kernels.types import Activation, Geometry
 from cassetta.layers import ConvBlock, ConvGroup
 from cassetta.layers.blocks import ENGINES
 from cassetta.measure import agreement
 
 SHAPES = ((2, 21, 9, 10, 11), (2, 8, 33, 40), (1, 5, 3000), (3, 64, 8, 8, 8))
+_SAME = Geometry((1,) * 3, ((1, 1),) * 3, (1,) * 3)
 CONVOLUTIONS: dict[str, tuple[tuple[int, ...], int, tuple[int, ...], Geometry]] = {
+    "wide": ((1, 128, 12, 11, 10), 128, (3, 3, 3), _SAME),  # tiles are as large as they become
     "dilated": ((2, 21, 9, 10, 11), 21, (3, 3, 3), Geometry((1,) * 3, ((2, 2),) * 3, (2,) * 3)),
     "even": ((2, 8, 33, 40), 40, (2, 4), Geometry((1, 1), ((0, 1), (1, 2)), (1, 1))),
     "strided": ((1, 64, 8, 9, 8), 128, (2,) * 3, Geometry((2,) * 3, ((0, 0),) * 3, (1,) * 3)),
     "one tap": ((1, 5, 3000), 30, (1,), Geometry((1,), ((0, 0),), (1,))),
 }
+DECISIVE = 2
+"""So many of these are computed by every plan, the others by the first plan and the first boxes."""
+
+REPEATED = 3
+"""How often a kernel is run again on a GPU; it takes microseconds, once it is compiled."""
+
+TRANSPOSED = ("conv_transposed",)
+"""Computed by the plans of conv_dgrad, where it strides."""
+
+PARTS = ("first plans", "networks", "other plans", "other cases")
+"""Of all comparisons, the most decisive first."""
+
 _CONSTANTS = {"leaky_relu": (0.1, 0.0), "elu": (1.3, 0.0), "softplus": (2.0, 5.0)}
 
 
-class Checked(NamedTuple):
-    """One comparison."""
+class Comparison(NamedTuple):
+    """A pass by a plan, or a network, that is to be compared."""
 
+    part: str  # one of `PARTS`
     what: str
+    plan: str  # "" of a network, and of passes that have no plans
     case: str
-    why: str | None  # what is wrong; None if nothing is
+    run: Callable[[], str | None]  # says what is wrong; None if nothing is
 
 
-def check(device: torch.device) -> Iterator[Checked]:
-    """Compare all passes, and small networks forward and backward, with plain PyTorch.
+def comparisons(device: torch.device) -> list[Comparison]:
+    """All that there are, the most decisive first; nothing is computed yet.
 
-    In float32, float16 and bfloat16; in the interpreter without bfloat16, which it gets wrong, and
-    without boxes, which it takes long for. The random state is set.
+    In float32, in full and with short factors, float16 and bfloat16. In the interpreter without
+    bfloat16, which it gets wrong, and without boxes and the widest convolution, for which it takes
+    long.
     """
-    torch.manual_seed(0)
-    dtypes = configs.dtypes()[: 2 if dispatch.is_interpreted() else 3]
-    for n, (name, dtype) in enumerate(itertools.product(activations.NAMES, dtypes)):
+    found = [*_of_passes(device), *_of_products(device), *_of_networks(device)]
+    return sorted(found, key=lambda one: PARTS.index(one.part))  # of equals, the order stays
+
+
+def _dtypes() -> tuple[torch.dtype, ...]:
+    return configs.dtypes()[: 2 if dispatch.is_interpreted() else 3]
+
+
+def _of_passes(device: torch.device) -> Iterator[Comparison]:
+    """Each by every plan, in every dtype and layout; and with every activation."""
+    for plan, dtype, last in itertools.product(plans.PLANS, _dtypes(), (True, False)):
+        is_first = plan == plans.PLANS[0]
+        judged = _Judged(_drawn("silu", dtype, SHAPES[0], last, device))
+        case = f"{_case(dtype, SHAPES[0], last)}, silu"
+        for name in agreement.PASSES if is_first else agreement.PLANNED:
+            yield judged.by(plan, PARTS[0] if is_first else PARTS[2], name, case)
+    for n, (activation, dtype) in enumerate(itertools.product(activations.NAMES, _dtypes())):
         shape, last = SHAPES[n % len(SHAPES)], n % 3 == 0
-        yield from _check_passes(name, dtype, shape, last, device)
-    for (kind, sizes), dtype in itertools.product(CONVOLUTIONS.items(), dtypes):
-        for pass_ in ("conv_fprop", "conv_dgrad", "conv_wgrad"):
+        plan = plans.PLANS[n // len(SHAPES) % len(plans.PLANS)]
+        judged = _Judged(_drawn(activation, dtype, shape, last, device))
+        for name in agreement.PASSES:
+            yield judged.by(plan, PARTS[3], name, f"{_case(dtype, shape, last)}, {activation}")
+
+
+def _of_products(device: torch.device) -> Iterator[Comparison]:
+    """Those of the first convolutions by every plan, with what may be fused and without."""
+    kept = {k: v for k, v in CONVOLUTIONS.items() if k != "wide" or not dispatch.is_interpreted()}
+    exactly = [(dtype, "tf32") for dtype in _dtypes()]
+    exactly += [(dtype, "ieee") for dtype in _dtypes() if dtype == torch.float32]
+    for (n, (kind, sizes)), (dtype, exact) in itertools.product(enumerate(kept.items()), exactly):
+        shown = f"{kind}{', in full' * (exact == 'ieee')}: "
+        for pass_, names in agreement.PRODUCTS.items():
             product = plans.Product(pass_, *sizes, dtype)
-            work = agreement.ProductWork.drawn(product, device)
-            tried = plans.candidates(product, device)
-            boxed = [] if dispatch.is_interpreted() else [one for one in tried if one.boxes]
-            for plan in (*tried[:1], *boxed[:1]):
-                with plans.use_plan(plan):
-                    why = _wrong_pass(work, pass_)
-                yield Checked(pass_, f"{kind}: {product.key}, {plan}", why)
+            drawn = functools.partial(agreement.ProductWork.drawn, product, device)
+            judged = _Judged(drawn, exact)
+            with precision.use(exact):
+                tried = plans.candidates(product, device)
+            if dispatch.is_interpreted():
+                tried = [plan for plan in tried if not plan.boxes]
+            if n < DECISIVE:
+                for plan, name in itertools.product(tried, names):
+                    part = PARTS[0] if plan == tried[0] else PARTS[2]
+                    yield judged.by(plan, part, name, shown + product.key)
+                continue
+            strided = product.geometry.tiles(product.taps) and pass_ == "conv_dgrad"
+            boxed = [plan for plan in tried if plan.boxes]
+            few = itertools.product((*tried[:1], *boxed[:1]), (pass_, *TRANSPOSED[:strided]))
+            for plan, name in few:
+                yield judged.by(plan, PARTS[3], name, shown + product.key)
+
+
+def _of_networks(device: torch.device) -> Iterator[Comparison]:
+    """Small ones, forward and backward, by each engine; float32 in full."""
     nets = {**_blocks(), **_networks()}
     engines = [engine for engine in ENGINES if engine != "reference"]
-    for (name, (net, shape)), dtype, engine in itertools.product(nets.items(), dtypes, engines):
-        image = torch.randn(shape, device=device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            why = _wrong(net.to(device), image, name in _networks(), engine)
-            yield Checked(name, f"{_case(dtype, shape, False)}, {engine}", why)
+    for (name, (net, shape)), dtype, engine in itertools.product(nets.items(), _dtypes(), engines):
+        run = functools.partial(_wrong, net, shape, dtype, device, name in _networks(), engine)
+        yield Comparison(PARTS[1], name, "", f"{_case(dtype, shape, False)}, {engine}", run)
 
 
-def _check_passes(
-    name: str, dtype: torch.dtype, shape: tuple[int, ...], last: bool, device: torch.device
-) -> Iterator[Checked]:
-    """Every pass with this activation."""
-    images = [_image(shape, dtype, last, device) for _ in range(3)]
-    work = agreement.Work.drawn(images, Activation(name, *_CONSTANTS.get(name, (0.0, 0.0))))
-    for one in agreement.PASSES:
-        case = f"{_case(dtype, shape, last)}, {name}"
-        yield Checked(one, case, _wrong_pass(work, one))
+class _Judged:
+    """Some work, and what is to come of it by plain PyTorch: found when it is first asked for."""
+
+    def __init__(self, draw: Callable[[], Any], exact: str = "tf32") -> None:
+        self.work = functools.cache(draw)
+        self.truth = functools.cache(self._truth)
+        self.exact = exact
+
+    def by(self, plan: Any, part: str, name: str, case: str) -> Comparison:
+        """That a pass of this name computes so by this plan, if it has plans."""
+        chosen = () if name in agreement.PASSES and name not in agreement.PLANNED else (plan,)
+        run = functools.partial(self._wrong, name, chosen)
+        return Comparison(part, name, str(plan) if chosen else "", case, run)
+
+    def _truth(self, name: str) -> tuple[agreement.Step, agreement.Step]:
+        """In the same precision, and in float64."""
+        work = self.work()
+        return work.step(reference, name), work.to(torch.float64).step(reference, name)
+
+    def _wrong(self, name: str, chosen: tuple[Any, ...]) -> str | None:
+        with precision.use(self.exact), plans.use_plan(*chosen):
+            work = self.work()
+            passes = dispatch.passes(work.x)
+            ours = agreement.attempt(lambda: work.step(passes, name))
+            if isinstance(ours, str):
+                return ours
+            same, truth = self.truth(name)
+            why = agreement.judge(ours, same, truth, slack=self._slack(work))
+            for _ in range(0 if why or dispatch.is_interpreted() else REPEATED):
+                if _differ(ours, work.step(passes, name)):
+                    return "it gives other bits when it is run again: its threads race"
+            return why
+
+    def _slack(self, work: Any) -> float | None:
+        """Of products with short factors, which have as many digits as float16: cuDNN is free to
+        take whole ones."""
+        is_short = isinstance(work, agreement.ProductWork) and self.exact == "tf32"
+        return agreement.SLACK[torch.float16] if is_short and work.x.itemsize == 4 else None
 
 
-def _wrong_pass(work: agreement.Work | agreement.ProductWork, name: str) -> str | None:
-    ours = agreement.attempt(lambda: work.step(dispatch.passes(work.x), name))
-    if isinstance(ours, str):
-        return ours
-    truth = work.to(torch.float64).step(reference, name)
-    return agreement.judge(ours, work.step(reference, name), truth)
+def _differ(one: agreement.Step, other: agreement.Step) -> bool:
+    pairs = zip(one.tensors, other.tensors, strict=True)
+    return not all(torch.equal(a, b) for a, b in pairs)
 
 
-def _wrong(net: nn.Module, image: Tensor, deep: bool, engine: str) -> str | None:
-    with dispatch.use_engine(engine):
-        other = [row for row in explain(net, image) if row.engine != engine]
-    if other:
-        row = other[0]
-        kind = "plain PyTorch" if row.engine == "reference" else row.engine
-        return f"{row.name} runs as {kind}: {row.reason or row.evidence}"
-    return agreement.disagreement(net, image, True, engine, deep)
+def _drawn(
+    activation: str, dtype: torch.dtype, shape: tuple[int, ...], last: bool, device: torch.device
+) -> Callable[[], agreement.Work]:
+    """What draws three images, for passes with this activation."""
+
+    def draw() -> agreement.Work:
+        images = [_image(shape, dtype, last, device) for _ in range(3)]
+        constants = _CONSTANTS.get(activation, (0.0, 0.0))
+        return agreement.Work.drawn(images, Activation(activation, *constants))
+
+    return draw
+
+
+def _wrong(
+    net: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, deep: bool,
+    engine: str,
+) -> str | None:  # fmt: skip
+    net, image = net.to(device), torch.randn(shape, device=device)
+    exact, mixed = precision.use("ieee"), dtype != torch.float32
+    with exact, torch.autocast(device.type, dtype, enabled=mixed):
+        with dispatch.use_engine(engine):
+            rows = agreement.attempt(lambda: explain(net, image))
+        if isinstance(rows, str):
+            return rows
+        if other := [row for row in rows if row.engine != engine]:
+            row = other[0]
+            kind = "plain PyTorch" if row.engine == "reference" else row.engine
+            return f"{row.name} runs as {kind}: {row.reason or row.evidence}"
+        return agreement.disagreement(net, image, True, engine, deep)
 
 
 def _blocks() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:

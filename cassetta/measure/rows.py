@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import cassetta
+from cassetta.kernels import machine
 
 COLUMNS = (
     "case", "pass", "engine", "dtype", "layout", "ms", "p20", "p80", "peak_mib", "kept_mib",
@@ -33,7 +34,7 @@ def facts(device: torch.device) -> Row:
     """What figures depend on, beside the case: machine, versions, commit, date."""
     on_gpu = device.type == "cuda"
     return {
-        "gpu": torch.cuda.get_device_name(device) if on_gpu else f"cpu: {_processor()}",
+        "gpu": machine.gpu(device).name if on_gpu else f"cpu: {_processor()}",
         "driver": _driver() if on_gpu else "",
         "torch": torch.__version__,
         "triton": _version("triton"),

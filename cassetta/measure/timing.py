@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cassetta.kernels import machine
+
 Run = Callable[[int], object]
 """What is timed; it is told its round, so that it can take another input every time."""
 
@@ -58,9 +60,7 @@ def interleaved(
 
 def nb_inputs(nbytes: int, device: torch.device) -> int:
     """How many inputs of so many bytes must take turns, so that no cache holds them: 3 to 64."""
-    cache = 0
-    if device.type == "cuda":
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
+    cache = machine.gpu(device).cache if device.type == "cuda" else 0
     return max(3, min(64, 2 * cache // max(nbytes, 1)))
 
 

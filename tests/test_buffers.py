@@ -1,0 +1,146 @@
+"""Loops whose products run while the next operands are copied: where a buffer is missing."""
+
+import re
+import sys
+
+import pytest
+from test_aot import convolved, run
+
+from cassetta.kernels import buffers
+
+KERNEL = """
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from cassetta.kernels import buffers
+
+@triton.jit
+def kernel(a, b, c, s, K, SUM: tl.constexpr, STAGES: tl.constexpr):
+    m, n, k = tl.arange(0, 64), tl.arange(0, 64), tl.arange(0, 32)
+    total, sums = tl.zeros((64, 64), tl.float32), tl.zeros((64,), tl.float32)
+    for start in tl.range(0, K, 32, num_stages=STAGES):
+        x = tl.load(a + m[:, None] * K + start + k[None, :])
+        y = tl.load(b + (start + k)[:, None] * 64 + n[None, :])
+        if SUM:
+            sums += tl.sum(y.to(tl.float32), 0)
+        total = tl.dot(x, y, total)
+    tl.store(c + m[:, None] * 64 + n[None, :], total)
+    tl.store(s + n, sums)
+
+types = {"a": "*bf16", "b": "*bf16", "c": "*fp32", "s": "*fp32", "K": "i32"}
+types |= {"SUM": "constexpr", "STAGES": "constexpr"}
+aligned = {(i,): [["tt.divisibility", 16]] for i in range(5)}
+for arch in 80, 90, 100:
+    for stages in (3, 4) if arch == 90 else (3,):
+        for reads_twice in False, True:
+            fixed = {(5,): reads_twice, (6,): stages}
+            source = ASTSource(kernel, types, fixed, aligned)
+            built = triton.compile(source, target=GPUTarget("cuda", arch, 32))
+            found = [one[1:] for one in buffers.shortages(built.asm["ttgir"])]
+            print(arch, stages, reads_twice, *found, sep="|")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="triton is for Linux")
+def test_what_triton_gets_wrong(tmp_path):
+    """An operand that is also summed gets the buffers of a load that no product reads: on sm_90."""
+    pytest.importorskip("triton")
+    (tmp_path / "kernel.py").write_text(KERNEL)
+    out = run(f"import runpy; runpy.run_path({str(tmp_path / 'kernel.py')!r})")
+    rows = [line.split("|") for line in out.splitlines()]
+    assert len(rows) == 8
+    for arch, stages, reads_twice, *found in rows:
+        few = (int(stages) - 1, int(stages))
+        wrong = (arch, reads_twice) == ("90", "True")
+        assert found == ([str(few)] if wrong else []), (arch, stages, reads_twice)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="triton is for Linux")
+@pytest.mark.parametrize("arch", [90, 100])
+def test_operands_of_our_convolutions_are_found(arch):
+    """Both of each product, in rings of as many buffers as there are stages."""
+    pytest.importorskip("triton")
+    out = run(f"""
+from cassetta.kernels import buffers
+{convolved(arch, 64)}
+    walk = buffers._Walk()
+    walk.through([line.partition(" loc(")[0].strip() for line in built.asm["ttgir"].splitlines()])
+    print(*(walk.needed[one] for one in walk.operands))
+""")
+    assert out.splitlines() == ["3 3"] * 3
+
+
+def loop(ahead, pendings, buffers, copies_first=False, slices=1):
+    """A loop whose operand is copied so many steps ahead of its product, which runs on so long."""
+    kind = "!ttg.memdesc<32x64xbf16, #s, #smem, mutable>"
+    ring = f"!ttg.memdesc<{buffers}x32x64xbf16, #s, #smem, mutable>"
+
+    def copy(n):
+        return [
+            f"%to_{n} = ttg.memdesc_index %y[%at_{n}] : {ring} -> {kind}",
+            f"%t_{n} = ttg.async_copy_global_to_local %p_{n}, %to_{n} mask %m : tensor -> <>",
+        ]
+
+    wide = kind.replace("mutable", "32x64")
+    product = [f"%from = ttg.memdesc_index %y[%i] : {ring} -> {kind}"]
+    for n in range(slices):
+        product += [
+            f"%f_{n} = ttg.memdesc_subslice %from[{n}, 0] : {kind} -> {wide}",
+            f"%d_{n} = ttng.warp_group_dot %x, %f_{n}, %c {{isAsync = true}} : tensor * {wide}",
+        ]
+    product.append(f"%w:2 = ttng.warp_group_dot_wait %d_0, %from {{pendings = {pendings} : i32}}")
+    inner = [*copy(99), *product] if copies_first else [*product, *copy(99)]
+    lines = [
+        f"%y = ttg.local_alloc : () -> {ring}",
+        *(line for n in range(ahead) for line in copy(n)),
+        "%r:2 = scf.for %v = %zero to %K step %one iter_args(%c = %cst, %i = %zero)"
+        " -> (tensor, i32)  : i32 {",
+        *inner,
+        "scf.yield %w#0, %i : tensor, i32",
+        "} {tt.num_stages = 3 : i32}",
+        "%e = ttng.warp_group_dot_wait %r#0 {pendings = 0 : i32} : tensor",
+    ]
+    return "\n".join(f"    {line} loc(#loc{n})" for n, line in enumerate(lines))
+
+
+@pytest.mark.parametrize("copies_first", [False, True])
+@pytest.mark.parametrize(("ahead", "pendings"), [(1, 0), (1, 1), (2, 1), (3, 1), (2, 2)])
+def test_the_rule(ahead, pendings, copies_first):
+    """As many as are copied ahead and multiplied; one more if the copy comes before the wait."""
+    needed = ahead + pendings + copies_first
+    assert buffers.shortages(loop(ahead, pendings, needed, copies_first)) == []
+    (found,) = buffers.shortages(loop(ahead, pendings, needed - 1, copies_first))
+    assert found == ("%y", needed - 1, needed)
+    few = f"operand %y has {needed - 1} buffer{'s' * (needed > 2)}"
+    assert str(found) == f"{few}, and its asynchronous product needs {needed}"
+
+
+def test_a_buffer_that_several_products_read_is_one():
+    """As where an operand is multiplied in slices: it is free when the last of them is done."""
+    assert buffers.shortages(loop(2, 0, 2, slices=4)) == []
+    for pendings in 1, 4:
+        (found,) = buffers.shortages(loop(2, pendings, 2, slices=4))
+        assert found.needed == 3
+
+
+def test_what_runs_at_once_needs_no_further_buffer():
+    text = loop(2, 1, 2).replace("isAsync = true", "inputPrecision = 0 : i32")
+    assert buffers.shortages(text) == []
+    assert buffers.shortages(re.sub(r".*warp_group_dot.*", "", loop(2, 1, 2))) == []
+
+
+def test_names_hold_within_their_loop():
+    """MLIR gives them again: what addresses a buffer here may be numbers in another loop."""
+    other = loop(2, 0, 2).replace("%y", "%z").replace("%from", "%g").replace("dot %x", "dot %from")
+    other = other.replace("%g = ", "%from, %rest = tt.split %q : tensor -> tensor\n    %g = ")
+    assert "dot %from, %f_0" in other
+    assert buffers.shortages(loop(2, 1, 3) + "\n" + other) == []
+    (found,) = buffers.shortages(loop(2, 1, 3) + "\n" + other.replace("<2x", "<1x"))
+    assert found == ("%z", 1, 2)
+
+
+def test_what_cannot_be_told_is_refused():
+    with pytest.raises(ValueError, match="is read more often than it is written"):
+        buffers.shortages(re.sub(r".*async_copy.*", "", loop(2, 1, 3)))
+    with pytest.raises(ValueError, match="does not end"):
+        buffers.shortages(loop(2, 1, 3).replace("} {", ""))

@@ -1,0 +1,185 @@
+"""What compilers are told of an operator is what it returns, however its images lie in memory."""
+
+import contextlib
+import shutil
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import large_tiles
+from torch import Tensor, nn
+
+from cassetta.backbones import UNet
+from cassetta.kernels import dispatch, layout, ops
+from cassetta.kernels.types import Activation, Fold, Geometry, Grid, Moments, Pooling, Prologue
+from cassetta.layers import DownInterpol, DownPool, UpInterpol
+
+from compare import AsTold, assert_near
+
+Draw = Callable[..., Tensor]
+
+LAYOUTS = {
+    "first": lambda t: t.contiguous(),
+    "last": lambda t: last(t),
+    "words": lambda t: layout.empty(tuple(t.shape), t.dtype, t.device).copy_(t),
+    "crop of first": lambda t: crop(torch.zeros_like, t),
+    "crop of last": lambda t: crop(lambda room: last(torch.zeros_like(room)), t),
+    "crop of words": lambda t: crop(LAYOUTS["words"], t),
+    "some channels of first": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
+    "some channels of last": lambda t: last(torch.cat([t, t], 1))[:, : t.shape[1]],
+    "turned": lambda t: t.mT.contiguous().mT,
+    "turned, last": lambda t: last(t.mT).mT,
+    "samples and channels exchanged": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "expanded samples": lambda t: t[:1].contiguous().expand(t.shape),
+    "expanded channels": lambda t: t[:, :1].contiguous().expand(t.shape),
+    "expanded": lambda t: t.new_ones(()).expand(t.shape),
+}
+"""Views of the values of an image, or of some of them."""
+
+SHAPES = [
+    (2, 5, 4, 6), (2, 16, 4, 6), (1, 3, 5, 4), (2, 1, 4, 6), (1, 1, 3, 3), (2, 5, 1, 6),
+    (2, 5, 6, 1), (3, 5, 1, 1), (0, 5, 4, 6), (2, 3, 7), (1, 6, 2, 3, 4),
+]  # fmt: skip
+"""Two or more samples, one, and none; channels in words, and one; axes of size 1."""
+
+
+def last(t: Tensor) -> Tensor:
+    """Channels last, whatever the number of axes."""
+    return t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def crop(make: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """The middle of a larger image."""
+    room = make(t.new_zeros(*t.shape[:2], *(n + 2 for n in t.shape[2:])))
+    return room[(..., *(slice(1, n + 1) for n in t.shape[2:]))].copy_(t)
+
+
+def prologue(n: int, c: int, draw: Draw) -> Prologue:
+    return Prologue(draw(n, c), draw(n, c), Activation("silu"), None, draw(n, c), draw(n, c))
+
+
+def call(name: str, shape: tuple[int, ...], image: Draw, draw: Draw) -> None:
+    """An operator, of images that `image` makes and of tables that `draw` makes."""
+    n, c, *size = shape
+    p, axes = prologue(n, c, draw), len(size)
+    same = Geometry((1,) * axes, ((1, 1),) * axes, (1,) * axes)
+    window = tuple(min(2, s) for s in size)
+    fold, centre = Fold(draw(n, c), draw(n, c), draw(n, c)), draw(n, c)
+    grid, twice = Grid((0.5,) * axes, (0.5,) * axes, (-0.5,) * axes), tuple(2 * s for s in size)
+    pooled = Geometry(window, ((0, 0),) * axes, (1,) * axes)
+    w, up = draw(7, c, *[3] * axes), draw(c, 3, *window)
+    dtype = torch.float16
+    if name == "conv_fprop":
+        ops.conv_fprop(image(shape), p, w, draw(7), same, residual=image((n, 7, *size)))
+        ops.conv_fprop(image(shape), p, draw(c, c, *window), None, pooled, moments_of=Activation())
+    elif name == "conv_dgrad":
+        g = image((n, 7, *size))
+        ops.conv_dgrad(g, w, same, tuple(size))
+        ops.conv_dgrad(g, w, same, tuple(size), image(shape), p, centre, True)
+    elif name == "conv_wgrad":
+        ops.conv_wgrad(image((n, 7, *size)), image(shape), p, (3,) * axes, same)
+        ops.conv_wgrad(image((n, 7, *size)), image(shape), p, (1,) * axes,
+                       same._replace(padding=((0, 0),) * axes))  # fmt: skip
+    elif name == "conv_transposed":
+        ops.conv_transposed(image(shape), p, up, None, pooled)
+    elif name == "max_pool":
+        ops.max_pool(image(shape), p, window)
+    elif name == "max_pool_dgrad":
+        small = (n, c, *(s // t for s, t in zip(size, window, strict=True)))
+        where = image(small).to(torch.uint8)
+        ops.max_pool_dgrad(image(small), where, window, tuple(size))
+    elif name == "moments":
+        ops.moments(image(shape), p)
+    elif name == "materialize":
+        for words in (False, True):
+            ops.materialize(image(shape), p, image(shape), dtype, words)
+            ops.materialize(image(shape), Prologue(), None, torch.float32, words)
+    elif name == "concatenate":
+        ops.concatenate(image(shape), p, image((n, 3, *size)), prologue(n, 3, draw), dtype)
+    elif name == "materialize_moments":
+        ops.materialize_moments(image(shape), p, image(shape), dtype)
+    elif name == "prologue_sums":
+        ops.prologue_sums(image(shape), image(shape), p, centre, fold, True)
+    elif name == "prologue_dgrad":
+        ops.prologue_dgrad(image(shape), image(shape), p, fold, False)
+    elif name == "resize":
+        ops.resize(image(shape), p, twice, grid)
+    elif name == "resize_dgrad":
+        ops.resize_dgrad(image((n, c, *twice)), tuple(size), grid)
+    else:
+        table = LAYOUTS["samples and channels exchanged"]
+        own, pooling = Moments(table(draw(n, c)), draw(n, c).square()), Pooling("batch")
+        if name == "norm_finalize":
+            ops.norm_finalize(own, None, draw(c), draw(c), 1e-5, pooling)
+        else:
+            assert name == "norm_finalize_backward"
+            ops.norm_finalize_backward(
+                draw(3, n, c), *own, centre, None, None, draw(c), 9, pooling
+            )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of numpy, interpreted
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom:UserWarning")  # of an empty batch
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("run", ["reference", "triton"])
+@pytest.mark.parametrize("name", ops.NAMES)
+def test_results_lie_as_compilers_are_told(name, run, kind, request):
+    device = request.getfixturevalue("kernels") if run == "triton" else torch.device("cpu")
+    draw = lambda *size: torch.randn(size, device=device)  # noqa: E731
+    image = lambda shape: LAYOUTS[kind](draw(*shape))  # noqa: E731
+    with AsTold() as told, large_tiles():
+        for shape in SHAPES if run == "reference" else SHAPES[::4]:
+            call(name, shape, image, draw)
+    assert told.names == {name}
+
+
+def ways() -> nn.Module:
+    """Ways down and up a level, each of the same image."""
+
+    class Ways(nn.ModuleList):
+        def forward(self, x: Tensor) -> Tensor:
+            return sum(way(x).square().sum() for way in self)
+
+    return Ways([DownPool(2, 8), DownInterpol(2, 8), UpInterpol(2, 8)])
+
+
+def unet() -> nn.Module:
+    return UNet(2, 8, nb_levels=2, norm="instance", unpool_mode="interpolate")
+
+
+def step(run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """What leaves a network, and the gradient of its square."""
+    x = x.detach().requires_grad_()
+    out = run(x)
+    return out.detach(), torch.autograd.grad(out.square().sum(), x)[0]
+
+
+@pytest.mark.parametrize("kind", ["crop of last", "crop of words", "expanded channels"])
+@pytest.mark.parametrize("make", [ways, unet])
+def test_steps_of_networks_lie_as_compilers_are_told(make, kind, engine):
+    """Forward and backward, with the layouts that operators hand to each other."""
+    net = make()
+    with dispatch.fused_on_reference(), AsTold() as told:
+        step(net, LAYOUTS[kind](torch.randn(1, 8, 8, 8)))
+    assert {"max_pool_dgrad", "resize", "resize_dgrad"} <= told.names
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler of C++")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of what it imports itself
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo
+@pytest.mark.parametrize(
+    ("make", "run"), [(ways, "reference"), (ways, "triton"), (unet, "reference")]
+)
+def test_inductor_finds_results_where_it_was_told(make, run, request):
+    """Its code asserts the strides of what an operator returns."""
+    if run == "triton":
+        request.getfixturevalue("kernels")
+    net, x = make(), LAYOUTS["crop of last"](torch.randn(1, 8, 8, 8))
+    torch._dynamo.reset()
+    options = {"fx_graph_cache": False, "compile_threads": 1}
+    fused = dispatch.fused_on_reference() if run == "reference" else contextlib.nullcontext()
+    with fused, large_tiles():
+        expected = step(net, x)
+        found = step(torch.compile(net, fullgraph=True, options=options), x)
+    for one, other in zip(found, expected, strict=True):
+        assert_near(one.contiguous(), other.contiguous(), 1e-5)  # sums in another order
