@@ -88,7 +88,7 @@ def test_our_convolutions_give_the_same_bits_every_time(channels, how, kernels):
     def run(passes, x, w, g):
         y, *_ = passes.conv_fprop(x, NOTHING, w, None, geometry)
         dz, _ = passes.conv_dgrad(g, w, geometry, tuple(x.shape[2:]))
-        return [y, dz, *passes.conv_wgrad(g, x, NOTHING, (3, 3, 3), geometry)]
+        return [y, dz, passes.conv_wgrad(g, x, NOTHING, (3, 3, 3), geometry)]
 
     with precision.use(how if isinstance(how, str) else "ieee"):
         first = run(passes, x, w, g)
@@ -227,6 +227,7 @@ def _on_the_cpu(net, inp, results):
     results.put(net(inp).sum().item())
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_process_computes_on_the_cpu(kernels):
     """As workers of a DataLoader do: CUDA cannot be asked for anything there."""
     net, inp = UNet(2, 4, nb_levels=2), torch.randn(1, 4, 16, 16)
