@@ -46,7 +46,7 @@ def hopper(arch):
 def run():
     """Run the body of a kernel: %rd1, %rd2, ... are the arrays, %r90 the thread."""
 
-    def run(body, *arrays, threads=32, grid=(1, 1, 1), shared=1024, races=True):
+    def run(body, *arrays, threads=32, grid=(1, 1, 1), shared=1024, **options):
         params = ", ".join(f".param .u64 kernel_param_{k}" for k in range(len(arrays)))
         loads = "".join(
             f"ld.param.b64 %rd{k + 1}, [kernel_param_{k}];\n" for k in range(len(arrays))
@@ -57,7 +57,7 @@ def run():
             memory.add(array.ctypes.data, array.nbytes, f"array {k}")
             arguments[f"kernel_param_{k}"] = struct.pack("<Q", array.ctypes.data)
         launch = ptxsim.Launch(
-            ptxsim.Program(text), grid, threads, arguments, memory, shared, races
+            ptxsim.Program(text), grid, threads, arguments, memory, shared, **options
         )
         launch.run()
         return launch

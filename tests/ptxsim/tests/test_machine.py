@@ -67,6 +67,16 @@ def test_a_copy_arrives_when_it_is_waited_for(wait, arrived, run, zeros):
     assert not arrived or out.tolist() == [k ^ 1 for k in range(32)]
 
 
+def test_a_copy_of_nothing_may_point_anywhere_or_not(run, zeros):
+    """As the ISA has it; or as a GPU may need it, which accessed the address."""
+    body = COPY.replace("0x4;", "0x4, 0;").replace("%rd2, %rd80;", "%rd2, -4;")
+    out = zeros(32)
+    run(body.format(wait="cp.async.wait_group 0;"), out, zeros(32))
+    assert (out == 0).all()
+    with pytest.raises(ptxsim.MemoryFault, match="copy of 4 bytes out of bounds"):
+        run(body.format(wait=""), out, zeros(32), copies=True)
+
+
 EXCHANGE = (
     PLACE
     + """
@@ -167,6 +177,12 @@ def test_reductions_votes_and_atomics(run, zeros):
         out, total)  # fmt: skip
     assert out.tolist() == [496 + 15] * 32
     assert total[0] == 2 * 496
+
+
+def test_another_triton_is_refused(monkeypatch):
+    monkeypatch.setattr("triton.__version__", "3.9.0")
+    with pytest.raises(ptxsim.UnsupportedError, match="of triton 3.6, and this is 3.9.0"):
+        ptxsim.install()
 
 
 def test_what_is_unknown_is_named(run):
