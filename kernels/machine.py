@@ -62,5 +62,5 @@ def _gpu(index: int) -> Gpu:
     found = torch.cuda.get_device_properties(index)
     return Gpu(
         found.name, (found.major, found.minor), found.total_memory, found.L2_cache_size,
-        found.shared_memory_per_block_optin,
+        getattr(found, "shared_memory_per_block_optin", 0),  # which torch for ROCm does not tell
     )  # fmt: skip

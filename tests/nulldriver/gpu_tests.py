@@ -1,0 +1,223 @@
+"""Each way into the package, on a machine whose GPUs `standin` pretends."""
+
+import pytest
+import standin
+import torch
+from torch import nn
+
+import cassetta
+from cassetta import cli
+from cassetta.backbones import UNet
+from cassetta.kernels import BackendError, boxes, dispatch, evidence, machine, plans, why_reference
+from cassetta.kernels.evidence import Record
+from cassetta.layers import Conv, ConvBlock
+from cassetta.measure import rows, timing
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of its own
+GPU = torch.device("cuda", 0)
+
+
+def have(*capabilities):
+    """The machine has GPUs of these compute capabilities."""
+    standin.capabilities[:] = capabilities
+    torch.cuda._cached_device_count = None
+    machine._gpu.cache_clear()
+    evidence.forget()
+
+
+@pytest.fixture(autouse=True)
+def _two_gpus(monkeypatch):
+    have((9, 0), (9, 0))
+    monkeypatch.setattr(standin, "place", 0)
+    monkeypatch.setattr(dispatch, "SMALL", 0)
+    standin.launched.clear()
+
+
+def image(*shape):
+    return torch.randn(shape or (2, 8, 6, 6), requires_grad=True)
+
+
+def block(**options):
+    return ConvBlock(2, 8, 8, norm="instance", activation="ReLU", order="cnda", **options)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (9, 0), (10, 0), (12, 0)])
+def test_which_gpus_run_kernels(capability):
+    have(capability)
+    why = why_reference(image())
+    if capability >= (8, 0):
+        assert why is None
+        assert boxes.are_copied(torch.device("cpu"))
+        assert boxes.are_copied(GPU) <= (capability >= (9, 0))
+        assert dispatch.passes(image()) is dispatch._triton_passes()
+        with cassetta.use_backend("triton"):
+            assert why_reference(image()) is None
+        return
+    assert why == "this GPU has compute capability 7.5, and 8.0 is needed"
+    block()(image()).sum().backward()
+    assert not standin.launched
+    with pytest.raises(BackendError, match="the best has 7.5"):
+        cassetta.set_backend("triton")
+
+
+def test_of_two_gpus_each_is_judged_by_itself(monkeypatch):
+    have((7, 5), (9, 0))
+    assert "compute capability 7.5" in why_reference(image())
+    assert dispatch.passes(image()) is not dispatch._triton_passes()
+    monkeypatch.setattr(standin, "place", 1)
+    assert why_reference(image()) is None
+    assert cassetta.explain(block(), image())[0].engine == "library"
+
+
+def test_without_a_visible_gpu(monkeypatch, capsys):
+    """As with CUDA_VISIBLE_DEVICES="", of a torch built for CUDA."""
+    have()
+    monkeypatch.setattr(standin, "place", None)
+    assert cassetta.explain(block(), image())[0].reason == "the image is on the CPU"
+    with pytest.raises(BackendError, match="torch finds no NVIDIA GPU"):
+        cassetta.set_backend("triton")
+    assert cli.main(["doctor"]) == 0
+    assert "none that torch can use" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("engine", ["library", "gemm"])
+def test_a_block_is_launched_on_the_gpu_of_its_image(monkeypatch, engine, place):
+    """Forward and backward, by Triton's own launcher; the current GPU stays the first."""
+    monkeypatch.setattr(standin, "place", place)
+    x, net = image(), block()
+    with dispatch.use_engine(engine):
+        count = standin.DRIVER.null_launches()
+        y = net(x)
+        forward = len(standin.launched)
+        y.sum().backward()
+    assert y.shape == x.shape
+    assert x.grad.shape == x.shape
+    assert {*standin.launched} == {place}
+    assert len(standin.launched) == standin.DRIVER.null_launches() - count > forward > 2
+    assert standin.current == 0
+
+
+def test_boxes_are_described_to_the_driver():
+    """By tensor maps, which Triton's launcher asks the driver to encode."""
+    plan = plans.GemmPlan(64, 16, 16, 2, True), plans.WgradPlan(16, 16, 64, 2, True)
+    with dispatch.use_engine("gemm"), plans.use_plan(*plan):
+        block()(image()).sum().backward()
+    assert standin.DRIVER.null_tensor_maps() > 2
+
+
+def test_what_is_known_of_a_gpu():
+    have((8, 0), (9, 0))
+    assert [one.capability for one in machine.gpus()] == [(8, 0), (9, 0)]
+    assert machine.shared_memory(torch.device("cuda", 1)) == 232_448
+    about = evidence.about(torch.device("cuda", 1))
+    assert (about["gpu"], about["driver"]) == ("NVIDIA Null 9.0", "12080")
+
+
+@pytest.mark.parametrize("choice", ["reference", "library", "gemm"])
+def test_a_measurement_is_found_and_explained(choice):
+    net, x = block(), image()
+    (ran,) = cassetta.explanation.watch(net, x)
+    evidence.table(x.device).add(ran.key, Record(choice, {choice: 1.0}, {}))
+    evidence.forget()
+    (row,) = cassetta.explain(net, x)
+    assert row.engine == choice
+    assert row.evidence == f"measured here: {choice} 1 ms"
+
+
+def test_doctor(capsys):
+    have((8, 6), (12, 0))
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "NVIDIA Null 8.6, capability 8.6, 80 GiB" in out
+    assert "NVIDIA Null 12.0, capability 12.0" in out
+    assert "runs       triton" in out
+
+
+def traced(net, x):
+    """What dynamo makes of a network, as a whole, in words; it is run, forward and backward."""
+    found = []
+    torch._dynamo.reset()
+
+    def backend(graph, inputs):
+        assert all(one.device.type == "cuda" for one in inputs if isinstance(one, torch.Tensor))
+        found.append(graph.print_readable(print_output=False))
+        return graph.forward
+
+    y = torch.compile(net, fullgraph=True, backend=backend)(x)
+    if torch.is_grad_enabled():
+        y.sum().backward()
+    (graph,) = found
+    return graph
+
+
+def unet():
+    return UNet(2, 4, nb_levels=2, nb_conv_per_level=1, norm="instance")
+
+
+def test_a_network_is_compiled_whole():
+    """`torch.compile(fullgraph=True)`, with tensors that are fake, and on a GPU."""
+    graph = traced(unet(), image(1, 4, 8, 8))
+    for name in ("norm_finalize", "norm_finalize_backward", "max_pool", "concatenate"):
+        assert f"cassetta.{name}" in graph
+    assert standin.launched
+
+
+def test_a_block_of_our_own_convolutions_is_compiled_whole():
+    with dispatch.use_engine("gemm"):
+        assert "cassetta.conv_wgrad" in traced(block(), image())
+
+
+def test_a_request_is_compiled(monkeypatch):
+    """The backend "triton" is asked for, and what is no block runs by torch's convolution."""
+    monkeypatch.setenv(dispatch.ENVIRONMENT, "triton")
+    with torch.no_grad():
+        assert "cassetta.moments" in traced(nn.Sequential(block(), Conv(2, 8, 8)), image())
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
+def test_a_network_is_exported(strict):
+    net, x = unet().eval(), image(1, 4, 8, 8).detach()
+    with torch.no_grad():
+        graph = str(torch.export.export(net, (x,), strict=strict).graph)
+    assert "cassetta.norm_finalize" in graph
+    assert "capability" not in graph
+
+
+@pytest.fixture
+def moves(monkeypatch):
+    """Modules and tensors that are sent to a GPU stay where they are."""
+    for kind in (torch.Tensor, nn.Module):
+        monkeypatch.setattr(kind, "to", standin.moved(kind.to))
+
+
+def test_tune(moves):
+    """What no kernel wrote is wrong, and refused; what is left is timed, and kept."""
+    x = image().detach()
+    with torch.no_grad():
+        (*_, row) = cassetta.tune(block().eval(), x)
+    assert row.choice in ("reference", "library", "gemm")
+    assert row.is_new
+    evidence.forget()
+    assert row.key in evidence.table(x.device).records
+    assert standin.launched
+
+
+def test_check(moves, capsys):
+    assert cli.main(["check", "--budget", "0.1"]) in (0, 1)
+    assert "comparisons on this GPU" in capsys.readouterr().out
+    assert standin.launched
+
+
+def test_what_is_timed():
+    """By CUDA's events, and its record of memory."""
+    facts = rows.facts(GPU)
+    assert facts["gpu"] == "NVIDIA Null 9.0"
+    assert "driver" in facts
+    ran = []
+    times = timing.interleaved({"one": ran.append}, GPU, rounds=3, warmup=1)
+    assert times["one"].ms >= 0
+    assert len(ran) == 4
+    assert timing.nb_inputs(2**18, GPU) == 8
+    assert timing.peak_bytes(ran.append, GPU) == 0

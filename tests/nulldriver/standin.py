@@ -1,0 +1,140 @@
+"""A machine that says it has GPUs: tensors of the CPU pass for theirs, and no kernel is run.
+
+Real are all of cassetta, the Python of `torch.cuda`, Triton's compiler and its compiled launcher.
+Stand-ins are libcuda (`libcuda.c`); of torch's C++, what asks a GPU (`guard.cpp`, and functions
+here); the device that a tensor names, and the one on which it is made. So what a kernel would have
+written is not initialized, and nothing may be said of it but its shape.
+
+A plugin of pytest, which changes the process for good: `tests/test_cuda_machine.py` starts one.
+"""
+
+import ctypes
+import os
+import time
+import types
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(os.environ["TRITON_LIBCUDA_PATH"])  # where Triton looks for libcuda, too
+DRIVER = ctypes.CDLL(str(FOLDER / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
+
+capabilities = [(9, 0)]
+"""Of the GPUs that the machine has now."""
+
+place = 0
+"""The GPU that the tensors are on; None: they are on the CPU."""
+
+current = 0
+"""The GPU on which kernels are started."""
+
+launched = []
+"""The GPU on which each kernel was."""
+
+
+def _exchange(index):
+    global current
+    before = current
+    current = index if index >= 0 else current
+    return before
+
+
+def _stream(index):
+    """Which Triton asks for once for each launch."""
+    launched.append(index)
+    return 0
+
+
+def _properties(index):
+    major, minor = capabilities[index]
+    return types.SimpleNamespace(
+        name=f"NVIDIA Null {major}.{minor}", major=major, minor=minor, total_memory=80 * 2**30,
+        L2_cache_size=2**20, shared_memory_per_block_optin=232_448, gcnArchName="",
+        multi_processor_count=132, warp_size=32, max_threads_per_multi_processor=2048,
+        regs_per_multiprocessor=65_536,
+    )  # fmt: skip
+
+
+_ANSWERS = {
+    "_cuda_init": lambda: None,
+    "_cuda_isInBadFork": lambda: False,
+    "_cuda_getDeviceCount": lambda: len(capabilities),
+    "_cuda_getDevice": lambda: current,
+    "_cuda_setDevice": lambda index: _exchange(index),
+    "_cuda_exchangeDevice": lambda index: _exchange(index),
+    "_cuda_maybeExchangeDevice": lambda index: _exchange(index),
+    "_cuda_getCurrentRawStream": _stream,
+    "_cuda_synchronize": lambda: None,
+    "_cuda_emptyCache": lambda: None,
+    "_cuda_memoryStats": lambda index: {},
+    "_cuda_resetPeakMemoryStats": lambda index: None,
+}
+"""By names that a torch built for CUDA has: to answer others would hide that there are none."""
+
+
+class Event:
+    """By the clock of the host."""
+
+    def __init__(self, enable_timing=False):
+        self.time = 0.0
+
+    def record(self, stream=None):
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, end):
+        return 1000 * (end.time - self.time)
+
+
+def moved(make):
+    """The same function, that makes a tensor on the CPU where it is asked for one on a GPU.
+
+    Not a fake tensor: that is where it says.
+    """
+
+    def made(*args, **kwargs):
+        if torch.compiler.is_dynamo_compiling() or torch._C._get_dispatch_mode(_FAKE) is not None:
+            return make(*args, **kwargs)
+        return make(*map(_here, args), **{name: _here(value) for name, value in kwargs.items()})
+
+    return made
+
+
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
+
+
+def _here(value):
+    is_device = isinstance(value, torch.device | str)
+    return torch.device("cpu") if is_device and str(value).startswith("cuda") else value
+
+
+def _install():
+    assert not torch.version.cuda or not _ANSWERS.keys() - {*dir(torch._C)}
+    ctypes.CDLL(str(FOLDER / "guard.so"))
+    for name, answer in _ANSWERS.items():
+        setattr(torch._C, name, answer)
+    cuda = torch.cuda
+    cuda._initialized = True
+    cuda._exchange_device = torch._C._cuda_exchangeDevice
+    cuda._maybe_exchange_device = torch._C._cuda_maybeExchangeDevice
+    cuda._get_device_properties = _properties
+    cuda.Event = Event
+    cuda.current_stream = lambda device=None: None
+    cuda.get_rng_state = lambda device=None: torch.zeros(16, dtype=torch.uint8)
+    cuda.set_rng_state = lambda state, device=None: None
+    cuda.manual_seed_all = lambda seed: None
+    real = torch._C.TensorBase.device.__get__
+
+    def device(x):
+        found = real(x)
+        is_ours = found.type == "cpu" and place is not None
+        return torch.device("cuda", place) if is_ours else found
+
+    torch.Tensor.device = property(device)
+    torch.Tensor.is_cuda = property(lambda x: device(x).type == "cuda")
+    torch.Tensor.get_device = lambda x: -1 if device(x).index is None else device(x).index
+    for name in ("arange", "empty", "empty_like", "empty_strided", "full", "linspace", "ones",
+                 "rand", "randn", "tensor", "zeros"):  # fmt: skip
+        setattr(torch, name, moved(getattr(torch, name)))
+
+
+_install()

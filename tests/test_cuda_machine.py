@@ -1,0 +1,52 @@
+"""What the host does on a machine with GPUs, where there is none: see `nulldriver/standin.py`.
+
+In a process of its own, since it changes torch for good; its tests are `nulldriver/gpu_tests.py`.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="there is a GPU: no need to pretend"
+)
+HERE = Path(__file__).parent / "nulldriver"
+TORCH = Path(torch.__file__).parent
+COMPILERS = {"cc": "C", "c++": "C++"}
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    """The folder of a libcuda that does nothing, and of what torch asks of its devices."""
+    for name, language in COMPILERS.items():
+        if not shutil.which(name):
+            pytest.skip(
+                f"there is no `{name}`, the compiler of {language}, to build the null driver"
+            )
+    folder = tmp_path_factory.mktemp("driver")
+    shared, named = ["-shared", "-fPIC", "-o"], "-Wl,-soname,libcuda.so.1"
+    library, source = folder / "libcuda.so.1", HERE / "libcuda.c"
+    subprocess.run(["cc", *shared, library, named, source], check=True)
+    (folder / "libcuda.so").symlink_to(library)  # by which triton's launcher is linked
+    include, linked = f"-I{TORCH / 'include'}", [f"-L{TORCH / 'lib'}", "-lc10"]
+    guard = ["-std=c++20", include, HERE / "guard.cpp", *linked]
+    subprocess.run(["c++", *shared, folder / "guard.so", *guard], check=True)
+    return folder
+
+
+def test_a_machine_with_gpus(driver):
+    """All of `gpu_tests`, of which each tries one way into the package."""
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    env |= {"PYTHONPATH": path, "TRITON_LIBCUDA_PATH": str(driver)}
+    line = [sys.executable, "-m", "pytest", "-p", "standin", str(HERE / "gpu_tests.py"), "-q"]
+    line += ["-p", "no:cacheprovider", "--show-capture=no", "--tb=short", "--durations=8"]
+    done = subprocess.run(line, cwd=HERE.parents[1], env=env, capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
