@@ -47,34 +47,42 @@ def accumulate(
 
     `out` is the first tap of w. BOXED, the images are descriptors, and the tile begins at q0, q1,
     q2.
+
+    What is copied ahead (cp.async) has its address inside its tensor, masked or not, by `whole` and
+    by selecting 0: copies of nothing have accessed what they pointed at (pytorch#187081, sm_100).
     """
     BLOCK_M: tl.constexpr = total.shape[0]
     BLOCK_N: tl.constexpr = total.shape[1]
     channels, columns = tile.edge(C, True), tile.edge(K, True)
     blocks = tl.cdiv(channels, BLOCK_K)
+    lane, column, last = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_N), out + taps - 1
+    k = k0 + column
+    k_at = tile.whole(k0, column, k < columns)
     tap, block, t0, t1, t2 = out, 0, 0, 0, 0
     for _ in tl.range(0, taps * blocks, num_stages=STAGES):
         a, b, e = i0 + t0 * d0, i1 + t1 * d1, i2 + t2 * d2
         ok = inside & (a >= 0) & (a < X0) & (b >= 0) & (b < X1) & (e >= 0) & (e < X2)
-        c = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        c = block * BLOCK_K + lane
         if BOXED:
             x = x_ptr.load([n, q0 + t0 * d0, q1 + t1 * d1, q2 + t2 * d2, block * BLOCK_K])
             x = tl.reshape(x, (BLOCK_M, BLOCK_K))
             w = tl.reshape(w_ptr.load([tap, block * BLOCK_K, k0]), (BLOCK_K, BLOCK_N))
         else:
-            v = (a * X1 + b) * X2 + e
+            v = tl.where(ok, (a * X1 + b) * X2 + e, 0)
             if WIDE:
                 v = v.to(tl.int64)
             at = x_ptr + n.to(tl.int64) * (x_n // 8 * 8)
-            at += (v * (x_v // 8 * 8))[:, None] + c[None, :]
+            at += (v * (x_v // 8 * 8))[:, None]
+            at += tile.whole(block * BLOCK_K, lane, c < channels)[None, :]
             x = tl.load(at, mask=ok[:, None] & (c < channels)[None, :], other=0.0)
-            k = k0 + tl.arange(0, BLOCK_N)
-            at = (tap * channels + c)[:, None] * columns + k[None, :]
+            row = tl.minimum(tap, last) * channels + tl.where(c < channels, c, 0)
+            at = row[:, None] * columns + k_at[None, :]
             there = (c < channels)[:, None] & (k < columns)[None, :]
             w = tl.load(w_ptr + at, mask=there, other=0.0)
         if PRE:
             z = tile.transformed(
-                x.to(tl.float32), n, c, C, p_s1, p_t1, p_slope, p_s2, p_t2, p_p, p_q, ACT
+                x.to(tl.float32), n, tl.where(c < C, c, 0), C,
+                p_s1, p_t1, p_slope, p_s2, p_t2, p_p, p_q, ACT,
             )  # fmt: skip
             x = tl.where(ok[:, None] & (c < C)[None, :], z, 0.0).to(w.dtype)
         elif GUARD and not BOXED:

@@ -54,6 +54,8 @@ def _conv_wgrad_kernel(
     o0, o1, o2 = _offsets(tap, T1, T2, d0, d1, d2, b0, b1, b2)
     q0, q1, q2 = _offsets(t_block, T1, T2, d0, d1, d2, b0, b1, b2)  # BOXED, it is the tap
     wanted = (c < tile.edge(C, True)) & (tap < taps)
+    c_at = tl.where(wanted, c_block * BLOCK_C + row // 8 * 8 % BLOCK_C, 0) + row % 8
+    k_at = tile.whole(k_block * BLOCK_N, tl.arange(0, BLOCK_N), k < tile.edge(K, True))
     if PRE:
         scale, shift = tile.row(p_s1, n, c, C, 1.0), tile.row(p_t1, n, c, C, 0.0)
         outer, offset = tile.row(p_s2, n, c, C, 1.0), tile.row(p_t2, n, c, C, 0.0)
@@ -75,13 +77,13 @@ def _conv_wgrad_kernel(
             x = tl.reshape(x, (BLOCK_V, BLOCK_C))
             g = tl.reshape(g_ptr.load([n, a0, a1, a2, k_block * BLOCK_N]), (BLOCK_V, BLOCK_N))
         else:
-            at = (i0 * X1 + i1) * X2 + i2
+            at, v = tl.where(ok, (i0 * X1 + i1) * X2 + i2, 0), tl.where(inside, v, 0)  # see fprop
             if WIDE:
                 at, v = at.to(tl.int64), v.to(tl.int64)
             many = n.to(tl.int64)
-            x_at = x_ptr + many * (x_n // 8 * 8) + (at * (x_v // 8 * 8) + c[None, :])
+            x_at = x_ptr + many * (x_n // 8 * 8) + (at * (x_v // 8 * 8) + c_at[None, :])
             x = tl.load(x_at, mask=ok, other=0.0)
-            g_at = g_ptr + many * (g_n // 8 * 8) + ((v * (g_v // 8 * 8))[:, None] + k[None, :])
+            g_at = g_ptr + many * (g_n // 8 * 8) + ((v * (g_v // 8 * 8))[:, None] + k_at[None, :])
             there = inside[:, None] & (k < tile.edge(K, True))[None, :]
             g = tl.load(g_at, mask=there, other=0.0)
         if PRE:

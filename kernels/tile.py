@@ -77,6 +77,12 @@ def edge(C, WORDS: tl.constexpr):
 
 
 @triton.jit
+def whole(start, lane, wanted):
+    """Channels start + lane, in words of 8; those of the first word where they are not wanted."""
+    return tl.where(wanted, start + lane // 8 * 8, 0) + lane % 8
+
+
+@triton.jit
 def at(ptr, n, v, c, stride_n, stride_c, stride_v, WIDE: tl.constexpr, WORDS: tl.constexpr):
     """Where the voxels v and channels c of sample n are: pointers (BLOCK_V, BLOCK_C).
 

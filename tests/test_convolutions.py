@@ -202,6 +202,40 @@ def test_an_empty_batch(kernels):
         assert value.shape[value.ndim == 3 and "sums" in name] == 0, name
 
 
+@pytest.mark.parametrize("name", ["meshnet 21, dilation 2", "more channels than a tile", "halved"])
+def test_what_is_masked_lies_inside_too(name, kernels, monkeypatch):
+    """Of operands, each lane has an address in the tensor: copies of nothing have accessed it."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    if DEVICE == "cuda":
+        pytest.skip("the interpreter tells addresses")
+    bounds, checked = [], []
+    launch, load = tile.launch, interpreter.InterpreterBuilder.create_masked_load
+
+    def launched(kernel, x, config, *args, **constants):
+        storages = [t.untyped_storage() for t in args if isinstance(t, torch.Tensor)]
+        bounds[:] = [(one.data_ptr(), one.data_ptr() + one.nbytes()) for one in storages]
+        launch(kernel, x, config, *args, **constants)
+
+    def loaded(self, ptrs, mask, *rest):
+        at = torch.from_numpy(ptrs.data.astype("int64"))
+        first = at.flatten()[0].item()
+        start, end = next((a, b) for a, b in bounds if a <= first < b)
+        checked.append(bool(((start <= at) & (at < end)).all()))
+        return load(self, ptrs, mask, *rest)
+
+    monkeypatch.setattr(tile, "launch", launched)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", loaded)
+    q = problem(name, torch.float32, kernels, pending=True)
+    x, w, g, geometry = q["x"], q["w"], q["g"], q["geometry"]
+    passes, both = dispatch.passes(x), torch.cat([w, q["w2"]], 1)
+    with large_tiles():
+        passes.conv_fprop(x, q["p"], both, None, geometry, q["x2"])
+        passes.conv_dgrad(g, w, geometry, tuple(x.shape[2:]))
+        passes.conv_wgrad(g, x, NOTHING, tuple(w.shape[2:]), geometry)
+    assert checked
+    assert all(checked)
+
+
 @pytest.mark.parametrize("boxed", [False, True])
 def test_moments_are_of_what_is_stored(boxed, kernels):
     """In half precision, near 700, values are rounded to halves: their variance is another."""
