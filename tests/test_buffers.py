@@ -58,16 +58,16 @@ def test_what_triton_gets_wrong(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="triton is for Linux")
 @pytest.mark.parametrize("arch", [90, 100])
 def test_operands_of_our_convolutions_are_found(arch):
-    """Both of each product, in rings of as many buffers as there are stages."""
+    """Both of each product, in rings of as many buffers as it needs: as there are stages."""
     pytest.importorskip("triton")
     out = run(f"""
 from cassetta.kernels import buffers
 {convolved(arch, 64)}
     walk = buffers._Walk()
     walk.through([line.partition(" loc(")[0].strip() for line in built.asm["ttgir"].splitlines()])
-    print(*(walk.needed[one] for one in walk.operands))
+    print(*((walk.needed[one], walk.buffers[one]) for one in walk.operands))
 """)
-    assert out.splitlines() == ["3 3"] * 3
+    assert out.splitlines() == ["(3, 3) (3, 3)"] * 3
 
 
 def loop(ahead, pendings, buffers, copies_first=False, slices=1):
