@@ -98,6 +98,15 @@ def test_a_block_is_launched_on_the_gpu_of_its_image(monkeypatch, engine, place)
     assert standin.current == 0
 
 
+def test_a_network_is_launched():
+    """Of our own convolutions, and with the passes that go down and up by interpolation."""
+    net = UNet(2, 4, nb_levels=2, nb_conv_per_level=1, norm="batch", pool_mode="interpolate")
+    with dispatch.use_engine("gemm"), torch.autocast("cuda", torch.bfloat16):
+        net(image(1, 4, 8, 8)).float().sum().backward()
+    assert {*standin.launched} == {0}
+    assert all(one.grad is not None for one in net.parameters())
+
+
 def test_boxes_are_described_to_the_driver():
     """By tensor maps, which Triton's launcher asks the driver to encode."""
     plan = plans.GemmPlan(64, 16, 16, 2, True), plans.WgradPlan(16, 16, 64, 2, True)

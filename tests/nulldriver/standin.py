@@ -14,6 +14,8 @@ import time
 import types
 from pathlib import Path
 
+import bounds  # noqa: F401  (TorchScript compiles these two, and takes torch as it is)
+import interpol  # noqa: F401
 import torch
 
 FOLDER = Path(os.environ["TRITON_LIBCUDA_PATH"])  # where Triton looks for libcuda, too
