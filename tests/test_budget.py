@@ -160,6 +160,11 @@ def test_a_gpu_that_is_lost_is_not_used_again(run):
     assert ("1 passed" in out) == bool(run.workers)
 
 
+def test_names_of_tests_are_the_same_in_every_process(request):
+    """Of all that run beside this one: xdist refuses what differs between its workers."""
+    assert not [one.nodeid for one in request.session.items if " at 0x" in one.nodeid]
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_runs_the_tests(tmp_path):
     """With the plugins that are installed; what needs a GPU is skipped where there is none."""
