@@ -20,6 +20,11 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> N
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * max(scale, 1e-30))
 
 
+def named(value: Any) -> str:
+    """A name for a test of it: the same in every process, where `str` may tell an address."""
+    return getattr(value, "__name__", str(value))
+
+
 def image(*shape: int, dtype: torch.dtype = torch.float64, grad: bool = True) -> Tensor:
     """Normal noise (B, C, *size) that asks for its gradient."""
     return torch.randn(*shape, dtype=dtype, requires_grad=grad)

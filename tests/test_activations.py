@@ -8,7 +8,7 @@ from torch import nn
 
 from cassetta.layers import SymExp, SymLog, make_activation
 
-from compare import assert_gradients, assert_near, image
+from compare import assert_gradients, assert_near, image, named
 
 NAMES = ["ReLU", "LeakyReLU", "ELU", "GELU", "SiLU", "Mish", "Tanh", "Sigmoid", "Softplus",
          "Hardswish", "PReLU", "Identity"]  # fmt: skip
@@ -61,7 +61,7 @@ def test_symmetric_exponential_and_logarithm():
         (TypeError, torch.relu, "activation="),
         (TypeError, int, "made a int"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_bad_activations(error, activation, message):
     with pytest.raises(error, match=message):

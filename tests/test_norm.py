@@ -9,7 +9,7 @@ from torch import nn
 
 from cassetta.layers import BatchNorm, InstanceNorm, LayerNorm, make_norm
 
-from compare import assert_gradients, assert_near, image
+from compare import assert_gradients, assert_near, image, named
 
 SIZES = {1: (11,), 2: (5, 6), 3: (3, 4, 5)}
 BATCH = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -72,7 +72,7 @@ def test_layer_norm_is_one_group_per_channel():
         (partial(nn.GroupNorm, 2), nn.GroupNorm),
         (partial(InstanceNorm, affine=False), InstanceNorm),
     ],
-    ids=str,
+    ids=named,
 )
 def test_every_form(norm, kind):
     layer = make_norm(norm, 4)
@@ -104,7 +104,7 @@ def test_an_instance_is_shared_and_affine_is_passed_on():
         (TypeError, nn.GroupNorm, "norm=.*GroupNorm.*cannot be called"),
         (TypeError, lambda channels: None, "made a NoneType"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_bad_norms(error, norm, message):
     with pytest.raises(error, match=message):
