@@ -40,12 +40,23 @@ def driver(tmp_path_factory):
     return folder
 
 
-def test_a_machine_with_gpus(driver):
+@pytest.mark.parametrize("part", ["compiled or exported", "not (compiled or exported)"])
+def test_a_machine_with_gpus(driver, part):
     """All of `gpu_tests`, of which each tries one way into the package."""
     path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     env |= {"PYTHONPATH": path, "TRITON_LIBCUDA_PATH": str(driver)}
-    line = [sys.executable, "-m", "pytest", "-p", "standin", str(HERE / "gpu_tests.py"), "-q"]
+    line = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "standin",
+        str(HERE / "gpu_tests.py"),
+        "-q",
+        "-k",
+        part,
+    ]
     line += ["-p", "no:cacheprovider", "--show-capture=no", "--tb=short", "--durations=8"]
     done = subprocess.run(line, cwd=HERE.parents[1], env=env, capture_output=True, text=True)
     print(done.stdout)
