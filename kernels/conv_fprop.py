@@ -50,6 +50,10 @@ def accumulate(
 
     What is copied ahead (cp.async) has its address inside its tensor, masked or not, by `whole` and
     by selecting 0: copies of nothing have accessed what they pointed at (pytorch#187081, sm_100).
+
+    LATE, a step multiplies what the step before made of x: Triton would feed what was computed, and
+    not copied, to wgmma from registers, which ptxas sets anew too early (triton#11781); what a step
+    hands on, it stores to shared memory.
     """
     BLOCK_M: tl.constexpr = total.shape[0]
     BLOCK_N: tl.constexpr = total.shape[1]
@@ -59,14 +63,21 @@ def accumulate(
     k = k0 + column
     k_at = tile.whole(k0, column, k < columns)
     tap, block, t0, t1, t2 = out, 0, 0, 0, 0
-    for _ in tl.range(0, taps * blocks, num_stages=STAGES):
+    LATE: tl.constexpr = tile.on_hopper() and PRECISION != "ieee" and (PRE or GUARD or BOXED)
+    w_tap, w_block, steps = out, 0, taps * blocks
+    if LATE:
+        w_block, steps = -1, steps + 1
+        z = tl.zeros((BLOCK_M, BLOCK_K), w_ptr.dtype if BOXED else w_ptr.dtype.element_ty)
+    for _ in tl.range(0, steps, num_stages=STAGES):
+        if not LATE:
+            w_tap, w_block = tap, block
         a, b, e = i0 + t0 * d0, i1 + t1 * d1, i2 + t2 * d2
         ok = inside & (a >= 0) & (a < X0) & (b >= 0) & (b < X1) & (e >= 0) & (e < X2)
         c = block * BLOCK_K + lane
         if BOXED:
             x = x_ptr.load([n, q0 + t0 * d0, q1 + t1 * d1, q2 + t2 * d2, block * BLOCK_K])
             x = tl.reshape(x, (BLOCK_M, BLOCK_K))
-            w = tl.reshape(w_ptr.load([tap, block * BLOCK_K, k0]), (BLOCK_K, BLOCK_N))
+            w = tl.reshape(w_ptr.load([w_tap, w_block * BLOCK_K, k0]), (BLOCK_K, BLOCK_N))
         else:
             v = tl.where(ok, (a * X1 + b) * X2 + e, 0)
             if WIDE:
@@ -75,19 +86,30 @@ def accumulate(
             at += (v * (x_v // 8 * 8))[:, None]
             at += tile.whole(block * BLOCK_K, lane, c < channels)[None, :]
             x = tl.load(at, mask=ok[:, None] & (c < channels)[None, :], other=0.0)
-            row = tl.minimum(tap, last) * channels + tl.where(c < channels, c, 0)
+            w_c = w_block * BLOCK_K + lane
+            within = (w_c >= 0) & (w_c < channels)
+            row = tl.minimum(w_tap, last) * channels + tl.where(within, w_c, 0)
             at = row[:, None] * columns + k_at[None, :]
-            there = (c < channels)[:, None] & (k < columns)[None, :]
+            there = within[:, None] & (k < columns)[None, :]
             w = tl.load(w_ptr + at, mask=there, other=0.0)
+        if LATE:
+            total = tl.dot(z, w, total, input_precision=PRECISION)
         if PRE:
-            z = tile.transformed(
+            u = tile.transformed(
                 x.to(tl.float32), n, tl.where(c < C, c, 0), C,
                 p_s1, p_t1, p_slope, p_s2, p_t2, p_p, p_q, ACT,
             )  # fmt: skip
-            x = tl.where(ok[:, None] & (c < C)[None, :], z, 0.0).to(w.dtype)
+            x = tl.where(ok[:, None] & (c < C)[None, :], u, 0.0).to(w.dtype)
         elif GUARD and not BOXED:
             x = tl.where((c < C)[None, :], x, 0.0)
-        total = tl.dot(x, w, total, input_precision=PRECISION)
+        if LATE:
+            z = x
+            w_block += 1
+            wrap = (w_block == blocks).to(tl.int32)
+            w_block *= 1 - wrap
+            w_tap += wrap
+        else:
+            total = tl.dot(x, w, total, input_precision=PRECISION)
         block += 1
         wrap = (block == blocks).to(tl.int32)
         block *= 1 - wrap

@@ -63,7 +63,13 @@ def _conv_wgrad_kernel(
     total = tl.zeros((BLOCK_T * BLOCK_C, BLOCK_N), tl.float32)
     first, end = split * part, tl.minimum((split + 1) * part, steps)
     e0, e1, e2 = tile.box_of(first, Y1, Y2, BOX0, BOX1, BOX2)
+    f0, f1, f2 = e0, e1, e2  # the box of g
+    LATE: tl.constexpr = tile.on_hopper() and PRECISION != "ieee" and (PRE or RAGGED or BOXED)
+    if LATE:  # as in `conv_fprop.accumulate`
+        end += 1
+        z = tl.zeros((BLOCK_T * BLOCK_C, BLOCK_V), g_ptr.dtype if BOXED else g_ptr.dtype.element_ty)
     for step in tl.range(first, end, num_stages=STAGES):
+        late = (step > first).to(tl.int32) if LATE else 1
         v, y0, y1, y2, inside = tile.voxels_of(
             step, e0, e1, e2, V, Y0, Y1, Y2, BLOCK_V, BOX0, BOX1, BOX2
         )  # fmt: skip
@@ -75,35 +81,53 @@ def _conv_wgrad_kernel(
             a0, a1, a2 = e0 * BOX0, e1 * BOX1, e2 * BOX2
             x = x_ptr.load([n, a0 + q0, a1 + q1, a2 + q2, c_block * BLOCK_C])
             x = tl.reshape(x, (BLOCK_V, BLOCK_C))
-            g = tl.reshape(g_ptr.load([n, a0, a1, a2, k_block * BLOCK_N]), (BLOCK_V, BLOCK_N))
+            k0 = tl.where(late > 0, k_block * BLOCK_N, K)  # where there are zeros
+            g = g_ptr.load([n, f0 * BOX0, f1 * BOX1, f2 * BOX2, k0])
+            g = tl.reshape(g, (BLOCK_V, BLOCK_N))
         else:
-            at, v = tl.where(ok, (i0 * X1 + i1) * X2 + i2, 0), tl.where(inside, v, 0)  # see fprop
+            at, there = tl.where(ok, (i0 * X1 + i1) * X2 + i2, 0), inside
+            if LATE:
+                v -= BLOCK_V
+                there = (v < V) & (step > first)
+            v = tl.where(there, v, 0)
             if WIDE:
                 at, v = at.to(tl.int64), v.to(tl.int64)
             many = n.to(tl.int64)
             x_at = x_ptr + many * (x_n // 8 * 8) + (at * (x_v // 8 * 8) + c_at[None, :])
             x = tl.load(x_at, mask=ok, other=0.0)
             g_at = g_ptr + many * (g_n // 8 * 8) + ((v * (g_v // 8 * 8))[:, None] + k_at[None, :])
-            there = inside[:, None] & (k < tile.edge(K, True))[None, :]
+            there = there[:, None] & (k < tile.edge(K, True))[None, :]
             g = tl.load(g_at, mask=there, other=0.0)
+        if LATE:
+            total = tl.dot(z, g, total, input_precision=PRECISION)
         if PRE:
             u = tile.activation(scale * x.to(tl.float32) + shift, p_p, p_q, slope, ACT)
             x = tl.where(ok, outer * u + offset, 0.0).to(g.dtype)
         elif RAGGED:  # beyond the end of g, which is 0 there, x may be anything, NaN too
             x = tl.where(inside[:, None], x, 0.0)
-        total = tl.dot(tl.trans(x), g, total, input_precision=PRECISION)
-        if BOXED:  # the next one, counted, not divided
-            e2 += 1
-            wrap = (e2 == tl.cdiv(Y2, BOX2)).to(tl.int32)
-            e2 *= 1 - wrap
-            e1 += wrap
-            wrap = (e1 == tl.cdiv(Y1, BOX1)).to(tl.int32)
-            e1 *= 1 - wrap
-            e0 += wrap
+        if LATE:
+            z = tl.trans(x)
+        else:
+            total = tl.dot(tl.trans(x), g, total, input_precision=PRECISION)
+        if BOXED:
+            e0, e1, e2 = _next_box(e0, e1, e2, 1, Y1, Y2, BOX1, BOX2)
+            f0, f1, f2 = _next_box(f0, f1, f2, late, Y1, Y2, BOX1, BOX2)
     n = n.to(tl.int64)
     share = n * splits + split
     at = ((share * taps + tap) * C + c)[:, None] * K + k[None, :]
     tl.store(dw_ptr + at, total, mask=((c < C) & (tap < taps))[:, None] & (k < K)[None, :])
+
+
+@triton.jit
+def _next_box(e0, e1, e2, step, Y1, Y2, BOX1: tl.constexpr, BOX2: tl.constexpr):
+    """Counted, not divided."""
+    e2 += step
+    wrap = (e2 == tl.cdiv(Y2, BOX2)).to(tl.int32)
+    e2 *= 1 - wrap
+    e1 += wrap
+    wrap = (e1 == tl.cdiv(Y1, BOX1)).to(tl.int32)
+    e1 *= 1 - wrap
+    return e0 + wrap, e1, e2
 
 
 @triton.jit

@@ -26,6 +26,14 @@ OPTIONS = {"enable_fp_fusion": True}
 because the default of triton 3.10 will be another."""
 
 
+def on_hopper(_semantic: Any = None) -> tl.constexpr:
+    """Within a kernel: whether it is compiled for sm_90; of one that is interpreted, it is not."""
+    return tl.constexpr(_semantic is not None and _semantic.builder.options.arch == "sm90")
+
+
+on_hopper.__triton_builtin__ = True  # type: ignore[attr-defined]
+
+
 @triton.jit
 def place(chunks, c_blocks, BLOCK_C: tl.constexpr):
     """Chunk of voxels, sample, and channels (BLOCK_C,) of this program."""
