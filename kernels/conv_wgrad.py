@@ -73,19 +73,15 @@ def _conv_wgrad_kernel(
         v, y0, y1, y2, inside = tile.voxels_of(
             step, e0, e1, e2, V, Y0, Y1, Y2, BLOCK_V, BOX0, BOX1, BOX2
         )  # fmt: skip
-        i0, i1 = (y0 * s0)[:, None] + o0[None, :], (y1 * s1)[:, None] + o1[None, :]
-        i2 = (y2 * s2)[:, None] + o2[None, :]
-        ok = (i0 >= 0) & (i0 < X0) & (i1 >= 0) & (i1 < X1) & (i2 >= 0) & (i2 < X2)
+        at, ok = _met(y0, y1, y2, s0, s1, s2, o0, o1, o2, X0, X1, X2)
         ok = ok & inside[:, None] & wanted[None, :]
         if BOXED:
-            a0, a1, a2 = e0 * BOX0, e1 * BOX1, e2 * BOX2
-            x = x_ptr.load([n, a0 + q0, a1 + q1, a2 + q2, c_block * BLOCK_C])
+            x = x_ptr.load([n, e0 * BOX0 + q0, e1 * BOX1 + q1, e2 * BOX2 + q2, c_block * BLOCK_C])
             x = tl.reshape(x, (BLOCK_V, BLOCK_C))
             k0 = tl.where(late > 0, k_block * BLOCK_N, K)  # where there are zeros
-            g = g_ptr.load([n, f0 * BOX0, f1 * BOX1, f2 * BOX2, k0])
-            g = tl.reshape(g, (BLOCK_V, BLOCK_N))
+            g = tl.reshape(g_ptr.load([n, f0 * BOX0, f1 * BOX1, f2 * BOX2, k0]), (BLOCK_V, BLOCK_N))
         else:
-            at, there = tl.where(ok, (i0 * X1 + i1) * X2 + i2, 0), inside
+            at, there = tl.where(ok, at, 0), inside
             if LATE:
                 v -= BLOCK_V
                 there = (v < V) & (step > first)
@@ -116,6 +112,15 @@ def _conv_wgrad_kernel(
     share = n * splits + split
     at = ((share * taps + tap) * C + c)[:, None] * K + k[None, :]
     tl.store(dw_ptr + at, total, mask=((c < C) & (tap < taps))[:, None] & (k < K)[None, :])
+
+
+@triton.jit
+def _met(y0, y1, y2, s0, s1, s2, o0, o1, o2, X0, X1, X2):
+    """The voxels of an image that taps meet, and whether they are inside: (BLOCK_V, rows)."""
+    i0, i1 = (y0 * s0)[:, None] + o0[None, :], (y1 * s1)[:, None] + o1[None, :]
+    i2 = (y2 * s2)[:, None] + o2[None, :]
+    ok = (i0 >= 0) & (i0 < X0) & (i1 >= 0) & (i1 < X1) & (i2 >= 0) & (i2 < X2)
+    return (i0 * X1 + i1) * X2 + i2, ok
 
 
 @triton.jit
