@@ -31,6 +31,10 @@ GPU_TESTS = tests/test_gpu.py tests/test_golden.py tests/test_convolutions.py te
 	tests/test_passes.py tests/test_pool.py tests/test_resize.py tests/test_joined.py \
 	tests/test_exchanged.py tests/test_fused.py
 
+# what breaks first where torch, triton or Python is another: compilation, export, choice, networks
+CORNER_TESTS = tests/test_torch.py tests/test_dispatch.py tests/test_golden.py tests/test_unet.py \
+	tests/test_updown.py tests/test_resize.py::test_it_compiles_without_a_break
+
 test-gpu:
 	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest $(GPU_TESTS) --budget $(BUDGET) --resume -o filterwarnings=default
 
