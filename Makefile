@@ -5,13 +5,21 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check bench docs clean test-gpu bench-gpu test-simulated
+.PHONY: demo test check bench docs clean test-gpu bench-gpu test-simulated test-versions
 
 demo: $(VENV)/.demo
 	$(BIN)/cassetta demo
 
 test: check
 	$(BIN)/python -m pytest
+
+# What breaks first where torch, triton or Python is another: compilation, export, choice, networks.
+VERSION_TESTS = tests/test_torch.py tests/test_cuda_machine.py tests/test_machine.py \
+	tests/test_dispatch.py tests/test_golden.py tests/test_unet.py tests/test_updown.py \
+	tests/test_resize.py::test_it_compiles_without_a_break
+
+test-versions: $(VENV)/.test
+	$(BIN)/python -m pytest $(VERSION_TESTS)
 
 # Compiled kernels, whose PTX is simulated on the CPU (tests/ptxsim); `make -j2` runs both targets at
 # once, `make simulate-90` one of them. CI runs the first two of these.

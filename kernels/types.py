@@ -16,12 +16,14 @@ class Geometry(NamedTuple):
 
     def size_of(self, size: Sequence[int], taps: Sequence[int]) -> tuple[int, ...]:
         """The size of what leaves a convolution of an image of this size by so many taps."""
-        axes = zip(size, taps, *self[:3], strict=True)
+        stride, padding, dilation, _ = self
+        axes = zip(size, taps, stride, padding, dilation, strict=True)
         return tuple((n + sum(pad) - d * (t - 1) - 1) // s + 1 for n, t, s, pad, d in axes)
 
     def tiles(self, taps: Sequence[int]) -> bool:
         """Whether each voxel is read by one tap, once: strides are sizes, and nothing is padded."""
-        axes = zip(taps, *self[:3], strict=True)
+        stride, padding, dilation, _ = self
+        axes = zip(taps, stride, padding, dilation, strict=True)
         return all(s == t and not any(pad) and (d == 1 or t == 1) for t, s, pad, d in axes)
 
 

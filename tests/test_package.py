@@ -96,6 +96,27 @@ def test_functions_are_short():
                 assert length <= (70 if is_kernel else 50), f"{path}: {node.name}: {length} lines"
 
 
+UNTRACED = {
+    ("layers", "backbones", "models", "functional", "core", "kernels"): [
+        r"isinstance\([^()]*\|",  # unions of types
+        r"\bnext\(\(?\w.* for ", r"\bvars\(", r" in \w+\.values\(\) for ", r"\*self\[:",
+    ],
+    ("layers", "backbones", "models"): [  # where self is a module
+        r"\w+(, \*?\w+)+ = self$", r"enumerate\(self\)", r"zip\(self,",
+    ],
+}  # fmt: skip
+"""What torch 2.8 to 2.11 cannot trace, and the newest can."""
+
+
+def test_nothing_that_runs_in_a_network_is_beyond_the_oldest_tracer():
+    for path in sources():
+        for folders, patterns in UNTRACED.items():
+            if set(folders) & set(path.relative_to(ROOT).parts):
+                for pattern in patterns:
+                    found = re.search(pattern, path.read_text(), re.MULTILINE)
+                    assert not found, f"{path}: {found}"
+
+
 def test_only_the_kernels_know_of_devices_and_triton():
     asks = re.compile(r"\bis_cuda\b|\btorch\.cuda\b|\bimport triton\b|\bfrom triton\b")
     for path in sources():

@@ -21,7 +21,7 @@ from cassetta.io.loadable import LoadableMixin
 from cassetta.layers import ConvGroup, DownConvGroup, DownGroup, UpConvGroup, UpGroup, fusing
 from cassetta.layers.levels import resampling
 from cassetta.layers.norm import check_statistics
-from cassetta.layers.simple import Chain
+from cassetta.layers.simple import Chain, listed
 from cassetta.layers.updown import Level
 
 
@@ -145,7 +145,7 @@ class ConvEncoder(LoadableMixin, Chain):
             return
         check.image(inp, ndim, getattr(self[0], "inp_channels", None))
         size, least, sizes = list(inp.shape[2:]), [1] * ndim, []
-        for depth, level in enumerate(self):
+        for depth, level in enumerate(listed(self)):
             if depth:
                 if not isinstance(level, DownGroup) or not isinstance(level[0], Level):
                     return
@@ -158,7 +158,7 @@ class ConvEncoder(LoadableMixin, Chain):
                     f"{tuple(least)}: pad the image or use fewer levels"
                 )
             sizes.append(size)
-        for depth, (level, size) in enumerate(zip(self, sizes, strict=True)):
+        for depth, (level, size) in enumerate(zip(listed(self), sizes, strict=True)):
             check_statistics(level, inp.shape[0], size, f"at level {depth} of {len(self)}")
 
 
@@ -252,7 +252,7 @@ class ConvDecoder(LoadableMixin, Chain):
     def defer(self, x: Deferred, *skips: Deferred, outputs: list[Any] | None = None) -> Any:
         """`forward` of what these stand for; what leaves each level is also put into the list."""
         self._check(x, skips)
-        for n, level in enumerate(self):
+        for n, level in enumerate(listed(self)):
             x = fusing.run(level, x, *skips[n : n + 1])  # type: ignore[assignment]
             if outputs is not None:
                 outputs.append(x)
@@ -265,7 +265,7 @@ class ConvDecoder(LoadableMixin, Chain):
         """
         check.image(inp.image, self.ndim, self._inp_channels())
         shape: Sequence[int] = inp.shape
-        for n, level in enumerate(self):
+        for n, level in enumerate(listed(self)):
             if not isinstance(level, UpGroup) or not isinstance(level[0], Level):
                 return
             shape = level.fitted_shape(shape, skips[n : n + 1])

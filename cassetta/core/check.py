@@ -45,7 +45,7 @@ def is_list(value: Any) -> bool:
 
 def flag(name: str, value: Any) -> bool:
     """True or False; 0 and 1 will do, but no word does."""
-    if isinstance(value, bool | np.bool_) or (type(value) is int and value in (0, 1)):
+    if isinstance(value, (bool, np.bool_)) or (type(value) is int and value in (0, 1)):
         return bool(value)
     raise TypeError(f"{name}={value!r} ({type(value).__name__}) must be True or False")
 
@@ -61,7 +61,7 @@ def options(name: str, value: Any) -> dict[str, Any]:
 
 def several(name: str, value: Any, least: int = 1) -> list[int]:
     """`value`, a whole number or a sequence of them, as a list of at least one."""
-    if isinstance(value, str | bytes | set | frozenset | dict) or not is_list(value):
+    if isinstance(value, (str, bytes, set, frozenset, dict)) or not is_list(value):
         return [whole(name, value, least)]
     numbers = [whole(f"{name}[{i}]", v, least) for i, v in enumerate(value)]
     if not numbers:
@@ -71,7 +71,7 @@ def several(name: str, value: Any, least: int = 1) -> list[int]:
 
 def positive(name: str, value: Any) -> float:
     """`value` if it is a number above zero."""
-    if isinstance(value, bool) or not isinstance(value, float | int | np.number):
+    if isinstance(value, bool) or not isinstance(value, (float, int, np.number)):
         raise TypeError(f"{name}={value!r} ({type(value).__name__}) is not a number")
     if not 0 < value < 2**31:
         raise ValueError(f"{name}={value} must be positive and finite, below 2**31")

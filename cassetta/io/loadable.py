@@ -170,7 +170,7 @@ def _bare(cls: type[nn.Module], save_args: bool) -> Any:
 
 def save(packed: dict[str, Any], path: str | os.PathLike | IO[bytes]) -> None:
     """`torch.save`, but a file appears whole or not at all."""
-    if not isinstance(path, str | os.PathLike):
+    if not isinstance(path, (str, os.PathLike)):
         return torch.save(packed, path)
     path = Path(path)
     if not path.parent.is_dir():
@@ -258,7 +258,7 @@ def read(source: Source) -> dict[str, Any]:
     name = "the dictionary" if isinstance(source, dict) else str(source)
     packed: Any = source
     if not isinstance(packed, dict):
-        if not isinstance(packed, str | os.PathLike) and not hasattr(packed, "read"):
+        if not isinstance(packed, (str, os.PathLike)) and not hasattr(packed, "read"):
             raise TypeError(f"source={source!r} is neither a path, a file nor a dictionary")
         try:
             packed = torch.load(packed, map_location="cpu", weights_only=True)

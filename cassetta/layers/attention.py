@@ -13,7 +13,7 @@ from cassetta.core.utils import build, to_torch_dtype
 from cassetta.layers.activations import make_activation
 from cassetta.layers.conv import Conv
 from cassetta.layers.linear import Linear
-from cassetta.layers.simple import DoNothing, GlobalPool
+from cassetta.layers.simple import DoNothing, GlobalPool, listed
 
 
 def make_attention(
@@ -134,7 +134,7 @@ class _Modes(nn.Sequential):
         check.any_image(inp)
         if self.mode != "+":
             return super().forward(inp)
-        one, other = self
+        one, other = listed(self)
         return one(inp) + other(inp)
 
 
@@ -198,7 +198,7 @@ class ChannelBlockAttention(nn.Sequential):
 
     def forward(self, inp: Tensor) -> Tensor:
         """(B, C, *size) -> (B, C, *size)"""
-        mean, maximum, squeeze, activation, excite, sigmoid = self
+        mean, maximum, squeeze, activation, excite, sigmoid = listed(self)
         votes = [excite(activation(squeeze(pool(inp)))) for pool in (mean, maximum)]
         return inp * sigmoid(votes[0] + votes[1])
 
@@ -236,7 +236,7 @@ class SpatialBlockAttention(nn.Sequential):
 
     def forward(self, inp: Tensor) -> Tensor:
         """(B, C, *size) -> (B, C, *size)"""
-        mean, maximum, conv, sigmoid = self
+        mean, maximum, conv, sigmoid = listed(self)
         return inp * sigmoid(conv(torch.cat([mean(inp), maximum(inp)], dim=1)))
 
 

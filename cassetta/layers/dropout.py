@@ -33,7 +33,7 @@ def make_dropout(dropout: DropoutType, **kwargs: Any) -> nn.Module | None:
         return None
     if dropout is True:
         raise TypeError("dropout=True says not how much: give a probability between 0 and 1")
-    if isinstance(dropout, float | int | np.number):
+    if isinstance(dropout, (float, int, np.number)):
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout={dropout} is not a probability between 0 and 1")
         return ChannelDropout(float(dropout), **kwargs) if dropout else None

@@ -186,7 +186,8 @@ def _why_not(engine: str, conv: nn.Module | None) -> str | None:
 def _why_plain(block: nn.Module, layers: dict[str, nn.Module | None], x: Deferred) -> str | None:
     """Why no kernel covers a block of these layers, as a sentence; None if one does."""
     conv, norm, activation, dropout = (layers.get(letter) for letter in "cnad")
-    if any(child not in layers.values() for child in block.children()):
+    known = list(layers.values())  # (torch 2.8 traces a list)
+    if any(child not in known for child in block.children()):
         return "layers were appended to it"
     if (why := why_hooked(layers.values())) is not None:
         return why
@@ -358,8 +359,8 @@ _FORWARD: dict[type, Any] = {}
 def defers(module: nn.Module) -> bool:
     """Whether `module.defer` does what calling it does: nobody has put another forward there."""
     kind = type(module)
-    own = next((_FORWARD[base] for base in kind.__mro__ if base in _FORWARD), None)
-    return own is not None and kind.forward is own and _is_bare(module)
+    own = [_FORWARD[base] for base in kind.__mro__ if base in _FORWARD]  # (traced by torch 2.8)
+    return bool(own) and kind.forward is own[0] and _is_bare(module)
 
 
 def _is_bare(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from cassetta.core.typing import (
 from cassetta.functional import Deferred, defer, materialize
 from cassetta.layers import fusing
 from cassetta.layers.blocks import ConvGroup
-from cassetta.layers.simple import Chain
+from cassetta.layers.simple import Chain, listed
 from cassetta.layers.updown import (
     DownConv,
     DownInterpol,
@@ -53,7 +53,7 @@ class DownGroup(Chain):
     def forward(self, inp: Tensor) -> Any:
         """(B, inp_channels, *size) -> (B, out_channels, *(size // factor)) [, indices]"""
         if self.return_indices:
-            down, block = self
+            down, block = listed(self)
             out, indices = down(inp)
             return block(out), indices
         return materialize(self.defer(defer(inp)))
@@ -62,7 +62,7 @@ class DownGroup(Chain):
         """`forward` of what x stands for, which need not be computed on the way."""
         if self.return_indices:
             return self.forward(x.z())
-        down, block = self
+        down, block = listed(self)
         return defer(fusing.run(block, fusing.run(down, x)))
 
 
@@ -163,7 +163,7 @@ class UpGroup(Chain):
 
     def defer(self, x: Deferred, *skips: Deferred, **options: Any) -> Deferred:
         """`forward` of what x and the skip connections stand for."""
-        up, block = self
+        up, block = listed(self)
         if isinstance(up, Level):  # which tells before it works what it will return
             self.fitted_shape(x.shape, skips)
         if skips and isinstance(up, UpPool):
@@ -212,7 +212,7 @@ class UpGroup(Chain):
         ValueError
             If the skip connections have other channels, batches or sizes than are expected.
         """
-        up, block = self
+        up, block = listed(self)
         batch, _, *size = shape
         size = [n * f for n, f in zip(size, up.factor, strict=True)]
         self._check_skips(skips, (batch, up.out_channels, *size), up.factor)

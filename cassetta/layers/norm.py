@@ -42,7 +42,7 @@ def make_norm(
         If the name is unknown, the groups do not divide the channels, or no module is made.
     """
     channels = check.whole("channels", channels)
-    if norm is None or norm is False or (isinstance(norm, int | str) and not norm):
+    if norm is None or norm is False or (isinstance(norm, (int, str)) and not norm):
         return None
     if norm is True:
         norm = "batch"

@@ -137,6 +137,11 @@ class Stack(nn.Sequential):
         return super().__iter__()
 
 
+def listed(modules: nn.Sequential) -> list[Any]:
+    """Modules as a list, made in a way that torch 2.8 traces: neither `list` nor `enumerate` is."""
+    return [modules[n] for n in range(len(modules))]
+
+
 class Chain(Stack):
     """A sequence that takes what its first module takes, and gives what its last one gives."""
 

@@ -17,7 +17,7 @@ from cassetta.core.typing import BoundType, InterpolationType, OneOrSeveral
 from cassetta.functional import Deferred
 from cassetta.layers import fusing
 from cassetta.layers.interpol import Resize
-from cassetta.layers.simple import DoNothing
+from cassetta.layers.simple import DoNothing, listed
 from cassetta.layers.ways import (
     CONV,
     CONV_TRANSPOSED,
@@ -174,7 +174,7 @@ class DownPool(Level, nn.Sequential):
         if not self.return_indices:
             return super().forward(x)
         self._check(x)
-        pool, conv = self
+        pool, conv = listed(self)
         out, indices = pool(x)
         return conv(out), indices
 
@@ -183,7 +183,7 @@ class DownPool(Level, nn.Sequential):
         return self.forward(x.z()) if self.return_indices else super().defer(x)
 
     def _plain(self, inp: Tensor) -> Tensor:
-        pool, conv = self
+        pool, conv = listed(self)
         return conv(pool(inp))
 
     def _fused(self, x: Deferred, engine: str) -> Deferred:
@@ -191,7 +191,7 @@ class DownPool(Level, nn.Sequential):
         return convolved(out, self[1], engine) if self._changes_channels else out
 
     def _why_plain(self) -> str | None:
-        pool, conv = self
+        pool, conv = listed(self)
         if type(pool) is not _POOL[self.ndim] or not self._is_usual(pool):
             return f"its pooling is {pool}"
         if not self._changes_channels:
@@ -258,7 +258,7 @@ class UpPool(Level, nn.Sequential):
                 f"indices has shape {tuple(indices.shape)} and dtype {indices.dtype}, "
                 f"but {expected} and torch.int64 are expected"
             )
-        conv, unpool = self
+        conv, unpool = listed(self)
         return unpool(conv(inp), indices, None if out_size is None else list(out_size))
 
 
@@ -301,7 +301,7 @@ class DownInterpol(Level, nn.Sequential):
         self.extend(self._pointwise())
 
     def _plain(self, inp: Tensor) -> Tensor:
-        resize, *conv = self
+        resize, *conv = listed(self)
         # the size itself, because n * (1 / f) may round to just below a whole number
         out = resize(inp, shape=[n // f for n, f in zip(inp.shape[2:], self.factor, strict=True)])
         return conv[0](out) if conv else out
@@ -312,7 +312,7 @@ class DownInterpol(Level, nn.Sequential):
         return convolved(out, self[1], engine) if self._changes_channels else out
 
     def _why_plain(self) -> str | None:
-        return why_other_interpolation(self, list(self))
+        return why_other_interpolation(self, listed(self))
 
 
 class UpInterpol(Level, nn.Sequential):
@@ -364,4 +364,4 @@ class UpInterpol(Level, nn.Sequential):
         return interpolated(out, [n * f for n, f in zip(x.shape[2:], self.factor, strict=True)])
 
     def _why_plain(self) -> str | None:
-        return why_other_interpolation(self, list(self)[::-1])
+        return why_other_interpolation(self, listed(self)[::-1])

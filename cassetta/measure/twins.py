@@ -35,7 +35,7 @@ def plain(module: nn.Module) -> nn.Module:
 def _plain(module: nn.Module) -> nn.Module:
     if isinstance(module, UNet) and module.skip is True:
         return _UNet(module)
-    if isinstance(module, UpConv | DownConv):
+    if isinstance(module, (UpConv, DownConv)):
         return module.conv
     if isinstance(module, DownPool):
         return nn.Sequential(*(one for one in module.children() if type(one) is not DoNothing))
@@ -60,7 +60,7 @@ def _layer(layer: Any, ndim: int) -> nn.Module:
             layer.inp_channels, layer.out_channels, layer.kernel_size, layer.stride,
             tuple(padding), layer.dilation, layer.groups, layer.bias is not None, device="meta",
         )  # fmt: skip
-    elif isinstance(layer, BatchNorm | InstanceNorm):
+    elif isinstance(layer, (BatchNorm, InstanceNorm)):
         kinds = _BATCH if isinstance(layer, BatchNorm) else _INSTANCE
         twin = kinds[ndim](
             layer.num_features, layer.eps, layer.momentum, layer.affine,

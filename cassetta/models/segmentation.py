@@ -11,7 +11,7 @@ from cassetta.core.typing import ActivationType, OneOrSeveral
 from cassetta.functional import Deferred, materialize
 from cassetta.io.loadable import LoadableMixin
 from cassetta.layers import ConvBlock, fusing
-from cassetta.layers.simple import Chain
+from cassetta.layers.simple import Chain, listed
 
 BACKBONES = {
     kind.__name__: kind
@@ -128,13 +128,13 @@ class SegNet(LoadableMixin, Chain):
     def predict_logits(self, inp: Tensor) -> Tensor:
         """(B, inp_channels, *size) -> (B, out_channels, *size), before the last activation"""
         self._check(inp)
-        features, backbone, head = self
+        features, backbone, head = listed(self)
         last = head.conv if isinstance(head, ConvBlock) else head
         return last(fusing.run_as_written(backbone, fusing.run(features, inp)))
 
     def _check(self, inp: Tensor) -> None:
         """Refuse what some part could not work with, before the first one has worked."""
-        features, backbone, _ = self
+        features, backbone, _ = listed(self)
         if isinstance(features, ConvBlock):  # what a user put there instead need not tell
             check.image(inp, features.ndim, features.inp_channels)
             if hasattr(backbone, "check_image"):
