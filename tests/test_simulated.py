@@ -102,8 +102,9 @@ def test_convolutions_and_their_gradients(name, how, kind, pending, activation, 
 
 
 def assert_right(name, how, device, kind="first", pending=False, activation="relu"):
-    """Whatever is copied ahead, or not, has its address inside the tensor."""
-    ptxsim.Options.copies = True
+    """Besides: what is copied ahead, or not, has its address inside the tensor; and no register
+    that a product may still read is set anew."""
+    ptxsim.Options.copies = ptxsim.Options.factors = True
     q = test_convolutions.problem(name, PRECISIONS[how], device, pending, activation)
     for key in ("x", "x2", "g", "r", "coarse"):
         q[key] = laid_out(q[key], kind)
@@ -169,25 +170,22 @@ def test_gradients_of_weights_do_not_race(how, kernels, hopper):
     assert (dw.double() - truth).abs().max() <= 2**-8 * truth.abs().max()
 
 
-IN_REGISTERS = pytest.mark.xfail(
-    raises=ptxsim.RaceError, strict=True,
-    reason="PTX of triton 3.6 sets registers that a wgmma may still read (triton#9433)",
-)  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("channels", "pending", "boxed"),
     [
         (32, False, False),
-        pytest.param(21, False, False, marks=IN_REGISTERS),  # channels that do not exist are masked
-        pytest.param(160, True, False, marks=IN_REGISTERS),  # transformed on load
+        (21, False, False),  # channels that do not exist are masked
+        (160, True, False),  # transformed on load
         (21, False, True),
     ],
 )
-def test_factors_in_registers_outlive_their_product(
+def test_no_product_reads_registers_that_are_set_anew(
     channels, pending, boxed, kernels, hopper, options
 ):
-    """Which convolutions rely on ptxas to wait where their PTX does not."""
+    """An operand of wgmma that is computed, and not copied, comes from shared memory.
+
+    Triton would feed it from registers, which the next step sets too early (triton#9433).
+    """
     options.factors = True
     x = laid_out(torch.randn(1, channels, 200).to(kernels, BF16), "words")
     taps = 1 if pending else 3
