@@ -10,8 +10,9 @@ BIN = $(VENV)/bin
 demo: $(VENV)/.demo
 	$(BIN)/cassetta demo
 
+# in as many processes as there are cores, a file in each at a time
 test: check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 # What breaks first where torch, triton or Python is another: compilation, export, choice, networks.
 VERSION_TESTS = tests/test_torch.py tests/test_cuda_machine.py tests/test_machine.py \
@@ -19,7 +20,7 @@ VERSION_TESTS = tests/test_torch.py tests/test_cuda_machine.py tests/test_machin
 	tests/test_resize.py::test_it_compiles_without_a_break
 
 test-versions: $(VENV)/.test
-	$(BIN)/python -m pytest $(VERSION_TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(VERSION_TESTS) -k 'not through_the_kernels'
 
 # Compiled kernels, whose PTX is simulated on the CPU (tests/ptxsim); `make -j2` runs both targets at
 # once, `make simulate-90` one of them. CI runs the first two of these.
