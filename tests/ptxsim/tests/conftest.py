@@ -8,9 +8,6 @@ import pytest
 
 if importlib.util.find_spec("triton") is None:
     collect_ignore_glob = ["test_*.py"]
-else:
-    import ptxsim
-    from ptxsim.memory import Global
 
 HEAD = """
 .version 8.7
@@ -45,6 +42,8 @@ def hopper(arch):
 @pytest.fixture
 def run():
     """Run the body of a kernel: %rd1, %rd2, ... are the arrays, %r90 the thread."""
+    import ptxsim  # not before ../../conftest.py has told triton who runs kernels
+    from ptxsim.memory import Global
 
     def run(body, *arrays, threads=32, grid=(1, 1, 1), shared=1024, **options):
         params = ", ".join(f".param .u64 kernel_param_{k}" for k in range(len(arrays)))
