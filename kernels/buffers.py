@@ -1,4 +1,4 @@
-"""Whether a compiled loop has enough buffers for products that run on while it copies.
+"""Buffers of asynchronous products: whether a compiled loop has as many as its pipeline needs.
 
 Newer tensor cores (sm_90's `wgmma`, sm_100's `tcgen05`) read their operands from memory of the
 program after the instruction that starts them, until something has waited for them. The software
@@ -45,7 +45,13 @@ class Shortage(NamedTuple):
 
 
 def shortages(ttgir: str) -> list[Shortage]:
-    """The operands of asynchronous products that have too few buffers."""
+    """List the operands of asynchronous products that have too few buffers, from a kernel's TTGIR.
+
+    Raises
+    ------
+    ValueError
+        If the loops cannot be followed, so that nothing can be said.
+    """
     if not re.search(r"ttng\.(warp_group_dot|tc_gen5_mma)", ttgir):
         return []
     lines = [line.partition(" loc(")[0].strip() for line in ttgir.splitlines()]
@@ -59,7 +65,7 @@ def shortages(ttgir: str) -> list[Shortage]:
 
 
 class _Walk:
-    """What is taken of each allocation, as the lines of a kernel are followed.
+    """A count of the buffers in use of each allocation, as the lines of a kernel are followed.
 
     A place is a buffer as it was addressed once: the allocation, the value that addresses it, and
     the turn of the loop in which it did.
@@ -136,7 +142,8 @@ class _Walk:
 
     def _start(self, given: list[str], rest: str) -> None:
         read = {self.places[value] for value in given[:2] if value in self.places}
-        barrier = next((self.places[v][0] for v in given[3:] if v in self.places), "")
+        barriers = [self.places[value][0] for value in given[3:] if value in self.places]
+        barrier = barriers[0] if barriers else ""
         self._running.append((read, barrier))
         if barrier or re.search(r"isAsync = true|is_async", rest):
             self.operands |= {allocation for allocation, *_ in read}
@@ -144,7 +151,7 @@ class _Walk:
             self._finish(len(self._running))
 
     def _finish(self, count: int) -> None:
-        """The first so many of those that run; what another one reads too is not free yet."""
+        """Finish the `count` oldest running products; what others read too is not free yet."""
         done, self._running = self._running[: max(count, 0)], self._running[max(count, 0) :]
         busy: set[Any] = set().union(*(read for read, _ in self._running))
         free = set().union(*(read for read, _ in done)) - busy
@@ -155,7 +162,7 @@ class _Walk:
 
 
 def _end(lines: list[str], start: int) -> int:
-    """The line that closes what is opened at `start`."""
+    """Find the line that closes what is opened at `start`."""
     depth = 0
     for n in range(start, len(lines)):
         depth += lines[n].endswith("{") - lines[n].startswith("}")

@@ -223,9 +223,9 @@ def _why_not_for(x: Tensor) -> str | None:
 
 
 def why_not_on(device: torch.device) -> str | None:
-    """Why no Triton kernel can run on this device, as a sentence; None if one can.
+    """Explain in a sentence why no Triton kernel can run on `device`; None if one can.
 
-    Of the machine nothing is asked, unless the device is a GPU, and then nothing but that GPU.
+    CUDA is queried only if the device is a GPU, and then only about that GPU.
     """
     interpreted = is_interpreted()
     if device.type == ("cpu" if interpreted else "cuda"):
@@ -250,7 +250,7 @@ def _unanswered(error: Exception) -> str:
 
 
 def _why_never(interpreted: bool) -> str | None:
-    """Why no Triton kernel can run in this process, whatever GPU the machine has."""
+    """Explain why no Triton kernel can run in this process, whatever GPU the machine has."""
     if not torch.compiler.is_compiling() and (missing := _why_not_importable()):
         return missing  # (a tracer cannot try; where it finds a GPU, it needs triton itself)
     if torch.version.hip and not interpreted:

@@ -41,14 +41,14 @@ def _last(shape: tuple[int, ...], channels: int) -> tuple[int, ...]:
 
 
 def like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """An uninitialized image of the shape of x, as results of x are laid out (`sized`)."""
+    """Allocate an image of the shape of x, laid out as results of x are (`sized`)."""
     return sized(x, tuple(x.shape[2:]), dtype)
 
 
 def likened(out: Tensor, x: Tensor) -> Tensor:
-    """What was computed from x, of its shape: as it is where `like` would lay it out so, or copied.
+    """Return `out`, computed from x and of its shape, laid out as `like(x)`: itself, or a copy.
 
-    Never x itself, which no operator may return.
+    It is never x itself, which no operator may return.
     """
     shadow = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
     if out is not x and out.stride() == like(shadow, out.dtype).stride():
@@ -69,11 +69,12 @@ def pooled(x: Tensor, window: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 
 def sized(x: Tensor, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialized image of another size, with the channels of x, as results of x are laid out.
+    """Allocate an image of another size, with the channels of x, laid out as results of x are.
 
-    In whole words if x is in such, channels last if x is, or else channels first; and dense,
-    whatever gaps or turns are in x. So kernels lay out their results, and compilers are told: what
-    decides is the image that the operator is given, or a copy by `like`, which decides the same.
+    That is in whole words if x is, channels last if x is, or else channels first; always dense,
+    whatever gaps or transposed axes x has. Kernels, references and fake implementations all lay
+    out their results by this function, so that they agree. It gives the same answer for x and for
+    a copy of x by `like`.
     """
     if is_padded(x):
         return empty((*x.shape[:2], *size), dtype, x.device)
@@ -138,6 +139,6 @@ def packed(table: Tensor) -> Tensor:
 
 
 def tables(x: Tensor, *count: int) -> Tensor:
-    """Uninitialized tables (*count, N, C) of an image or a table, in float32 at least."""
+    """Allocate tables (*count, N, C) for an image or a table, in float32 at least."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.empty((*count, *x.shape[:2]), dtype=dtype, device=x.device)

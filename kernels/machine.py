@@ -1,9 +1,9 @@
-"""What the GPUs of this machine are: all that is asked of CUDA, and of each GPU once.
+"""The GPUs of this machine: the only queries of CUDA in this package, made once per GPU.
 
-It is asked where an image lies on a GPU, or where somebody wants to know of the machine, as
-`cassetta doctor` does; never at import, and never for work on the CPU. For to ask is to start CUDA,
-which fails in a process that was forked from one that uses it, and beside another that has the GPU
-for itself.
+CUDA is queried where an image lies on a GPU, or where a command reports on the machine, as
+`cassetta doctor` does; never at import, and never for work on the CPU. A query starts CUDA, which
+fails in a process that was forked from one that uses CUDA, and while another process holds the GPU
+exclusively.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ import torch
 
 
 class Gpu(NamedTuple):
-    """One of them."""
+    """Facts of one GPU."""
 
     name: str
     capability: tuple[int, int]
@@ -24,31 +24,31 @@ class Gpu(NamedTuple):
 
 
 def gpu(device: torch.device) -> Gpu:
-    """The GPU that is this device; raises what CUDA raises, and then asks again next time."""
+    """Describe the GPU of `device`. What CUDA raises is raised, and the next call queries again."""
     index = device.index
     return _gpu(torch.cuda.current_device() if index is None else index)
 
 
 def gpus() -> list[Gpu]:
-    """All that this process sees; raises what CUDA raises."""
+    """Describe all GPUs that this process sees. What CUDA raises is raised."""
     return [_gpu(index) for index in range(torch.cuda.device_count())]
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """That of a GPU, for tracers too."""
+    """Return the compute capability of the GPU of `device`; works while torch.compile traces."""
     if torch.compiler.is_compiling():  # a constant to them, and they cannot read a cache
         return torch.cuda.get_device_capability(device)
     return gpu(device).capability
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program may use on a GPU."""
+    """Return the bytes of shared memory that one program may use on the GPU of `device`."""
     return gpu(device).shared
 
 
 @functools.cache
 def driver() -> str:
-    """The newest CUDA that the driver knows: "13000" is 13.0. Torch does not tell."""
+    """Return the newest CUDA that the driver supports, "13000" for 13.0; torch has no query."""
     try:
         version = ctypes.c_int()
         failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))

@@ -9,7 +9,7 @@ import torch
 from rich.table import Table
 
 ALL = "all engines"
-"""For whom seconds are spent that no engine has for itself."""
+"""The row of seconds that belong to no single engine."""
 
 
 class OutOfTime(Exception):
@@ -17,12 +17,12 @@ class OutOfTime(Exception):
 
 
 class Budget:
-    """So many seconds, counted from now, by what they are spent on.
+    """A budget of seconds, counted from now, and a record of what they are spent on.
 
     Parameters
     ----------
     seconds : float, optional
-        How many there are; without, there is no end of them.
+        The budget; None for no limit.
     """
 
     def __init__(self, seconds: float | None = None) -> None:
@@ -33,25 +33,26 @@ class Budget:
 
     @property
     def left(self) -> float:
-        """How many seconds are left."""
+        """Seconds that are left."""
         return self.start + self.seconds - time.monotonic()
 
     def allows(self, kind: str) -> bool:
-        """Whether a part of this kind ends in time, if it takes what the longest has taken.
+        """Tell whether a part of this kind would end in time.
 
-        Of a kind that has not been seen, it takes what the longest of all has.
+        It is assumed to take as long as the longest of its kind so far; for a kind that has not
+        been seen, as the longest of all.
         """
         longest = max(self.longest.values(), default=0.0)
         return self.left > self.longest.get(kind, longest)
 
     @contextlib.contextmanager
     def part(self, kind: str) -> Iterator[None]:
-        """A part of this kind, which is remembered for how long it takes.
+        """Run a part of this kind in a `with` block, and remember how long it takes.
 
         Raises
         ------
         OutOfTime
-            Before it begins, if it would not end in time.
+            Before the block begins, if it would not end in time.
         """
         if not self.allows(kind):
             raise OutOfTime
@@ -64,7 +65,7 @@ class Budget:
 
     @contextlib.contextmanager
     def spending(self, what: str, whom: str = ALL) -> Iterator[None]:
-        """Count the seconds of this block of code, to the end of what it has a GPU do."""
+        """Count the seconds of a `with` block, including the GPU work that it starts."""
         start = time.monotonic()
         try:
             yield
@@ -78,7 +79,7 @@ class Budget:
         self.spent[whom, what] = self.spent.get((whom, what), 0.0) + seconds
 
     def table(self) -> Table:
-        """Where the seconds went: a row for whom, a column for what, and what nobody counted."""
+        """Tabulate where the seconds went: a row per engine, a column per activity."""
         whole = time.monotonic() - self.start
         title = f"where {whole:.0f} s went" + (
             "" if math.isinf(self.seconds) else f", of {self.seconds:g} s"
