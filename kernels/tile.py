@@ -86,8 +86,12 @@ def edge(C, WORDS: tl.constexpr):
 
 @triton.jit
 def whole(start, lane, wanted):
-    """Channels start + lane, in words of 8; those of the first word where they are not wanted."""
-    return tl.where(wanted, start + lane // 8 * 8, 0) + lane % 8
+    """Return channels start + lane, in words of 8; those of the first word where not wanted.
+
+    The compiler is told of the words: triton 3.9 does not see them, and would copy nothing ahead.
+    """
+    c = tl.where(wanted, start + lane // 8 * 8, 0) + lane % 8
+    return tl.max_contiguous(tl.multiple_of(c, 8), 8)
 
 
 @triton.jit
