@@ -54,8 +54,7 @@ def _conv_wgrad_kernel(
     o0, o1, o2 = _offsets(tap, T1, T2, d0, d1, d2, b0, b1, b2)
     q0, q1, q2 = _offsets(t_block, T1, T2, d0, d1, d2, b0, b1, b2)  # BOXED, it is the tap
     wanted = (c < tile.edge(C, True)) & (tap < taps)
-    c_at = tl.where(wanted, c_block * BLOCK_C + row // 8 * 8 % BLOCK_C, 0) + row % 8
-    c_at = tl.max_contiguous(tl.multiple_of(c_at, 8), 8)  # as in `tile.whole`
+    c_at = tile.whole(c_block * BLOCK_C, row % BLOCK_C, wanted)
     k_at = tile.whole(k_block * BLOCK_N, tl.arange(0, BLOCK_N), k < tile.edge(K, True))
     if PRE:
         scale, shift = tile.row(p_s1, n, c, C, 1.0), tile.row(p_t1, n, c, C, 0.0)
