@@ -104,22 +104,14 @@ def accumulate(
             x = tl.where((c < C)[None, :], x, 0.0)
         if LATE:
             z = x
-            w_block += 1
-            wrap = (w_block == blocks).to(tl.int32)
-            w_block *= 1 - wrap
+            w_block, wrap = tile.carried(w_block + 1, blocks)
             w_tap += wrap
         else:
             total = tl.dot(x, w, total, input_precision=PRECISION)
-        block += 1
-        wrap = (block == blocks).to(tl.int32)
-        block *= 1 - wrap
+        block, wrap = tile.carried(block + 1, blocks)
         tap += wrap
-        t2 += wrap
-        wrap = (t2 == T2).to(tl.int32)
-        t2 *= 1 - wrap
-        t1 += wrap
-        wrap = (t1 == T1).to(tl.int32)
-        t1 *= 1 - wrap
+        t2, wrap = tile.carried(t2 + wrap, T2)
+        t1, wrap = tile.carried(t1 + wrap, T1)
         t0 += wrap
     return total
 

@@ -125,13 +125,9 @@ def _met(y0, y1, y2, s0, s1, s2, o0, o1, o2, X0, X1, X2):
 
 @triton.jit
 def _next_box(e0, e1, e2, step, Y1, Y2, BOX1: tl.constexpr, BOX2: tl.constexpr):
-    """Counted, not divided."""
-    e2 += step
-    wrap = (e2 == tl.cdiv(Y2, BOX2)).to(tl.int32)
-    e2 *= 1 - wrap
-    e1 += wrap
-    wrap = (e1 == tl.cdiv(Y1, BOX1)).to(tl.int32)
-    e1 *= 1 - wrap
+    """Return the box that is `step` boxes (0 or 1) behind this one."""
+    e2, wrap = tile.carried(e2 + step, tl.cdiv(Y2, BOX2))
+    e1, wrap = tile.carried(e1 + wrap, tl.cdiv(Y1, BOX1))
     return e0 + wrap, e1, e2
 
 

@@ -52,14 +52,9 @@ def _max_pool_kernel(
         largest = tl.where(takes, z, largest)
         where = tl.where(takes, tap, where)
         tap += 1
-        i2 += 1
-        at += 1
-        wrap = (i2 == T2).to(tl.int32)  # steps are counted, not divided
-        i2 -= wrap * T2
-        i1 += wrap
-        at += wrap * (X2 - T2)
-        wrap = (i1 == T1).to(tl.int32)
-        i1 -= wrap * T1
+        i2, wrap = tile.carried(i2 + 1, T2)
+        at += 1 + wrap * (X2 - T2)
+        i1, wrap = tile.carried(i1 + wrap, T1)
         at += wrap * (X1 - T1) * X2
     inside = (v < V)[:, None] & (c < tile.edge(C, OUT_WORDS))[None, :]
     y_at = tile.at(y_ptr, n, v, c, out_n, out_c, out_v, WIDE, OUT_WORDS)

@@ -85,6 +85,16 @@ def edge(C, WORDS: tl.constexpr):
 
 
 @triton.jit
+def carried(digit, size):
+    """Return a digit that starts again at `size`, and 1 if it does: the next one's share.
+
+    So steps over several axes are counted, not divided.
+    """
+    wrap = (digit == size).to(tl.int32)
+    return digit * (1 - wrap), wrap
+
+
+@triton.jit
 def whole(start, lane, wanted):
     """Return channels start + lane, in words of 8; those of the first word where not wanted.
 
