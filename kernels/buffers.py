@@ -54,14 +54,20 @@ def shortages(ttgir: str) -> list[Shortage]:
     """
     if not re.search(r"ttng\.(warp_group_dot|tc_gen5_mma)", ttgir):
         return []
-    lines = [line.partition(" loc(")[0].strip() for line in ttgir.splitlines()]
-    walk = _Walk()
-    walk.through([line for line in lines if not line.startswith("#")])
+    walk = walked(ttgir)
     return [
         Shortage(name, walk.buffers.get(name, 1), walk.needed[name])
         for name in sorted(walk.operands)
         if walk.needed[name] > walk.buffers.get(name, 1)
     ]
+
+
+def walked(ttgir: str) -> "_Walk":
+    """Follow a kernel's TTGIR from its first line to its last."""
+    lines = [line.partition(" loc(")[0].strip() for line in ttgir.splitlines()]
+    walk = _Walk()
+    walk.through([line for line in lines if not line.startswith("#")])
+    return walk
 
 
 class _Walk:

@@ -10,6 +10,17 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton is for Linux")
 
 
+SPY = """
+import re, torch, triton
+found, compile_ = [], triton.compile
+def spy(*args, **options):
+    found.append(compile_(*args, **options))
+    return found[-1]
+triton.compile = spy
+"""
+"""Code after which `found` has all that triton has compiled."""
+
+
 def run(code, **environment):
     """In a process of its own: in this one, kernels may be interpreted."""
     env = {**os.environ, **environment}
@@ -23,18 +34,12 @@ def run(code, **environment):
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_accesses_are_of_16_bytes(arch, layout):
     """Each image is read and written in vectors of four words, never element by element."""
-    out = run(f"""
-import re, torch, triton
+    out = run(f"""{SPY}
 from cassetta.kernels import aot
-found, compile_ = [], triton.compile
-def spy(*args, **options):
-    built = compile_(*args, **options)
-    found.append((built.metadata.name, built.asm["ptx"]))
-    return built
-triton.compile = spy
 with aot.recorded({arch}, "", []):
     aot._run_passes(aot._image(torch.bfloat16, "{layout}"), "relu", True, True)
-for name, ptx in found:
+for built in found:
+    name, ptx = built.metadata.name, built.asm["ptx"]
     if "combine" in name or "finalize" in name:  # of small tables
         continue
     wide = re.findall(r"(ld|st)\\.global\\S*\\.v4\\.b32", ptx)
@@ -51,14 +56,8 @@ for name, ptx in found:
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_interpolation_reads_words(arch, channels):
     """Every corner, and every gradient, in 16 bytes."""
-    out = run(f"""
-import re, torch, triton
+    out = run(f"""{SPY}
 from cassetta.kernels import aot, layout
-found, compile_ = [], triton.compile
-def spy(*args, **options):
-    found.append(compile_(*args, **options))
-    return found[-1]
-triton.compile = spy
 with aot.recorded({arch}, "", []):
     x = layout.empty((1, {channels}, 8, 8, 8), torch.bfloat16, "meta")
     aot._run_interpolation(x, "identity", False)
@@ -72,16 +71,11 @@ for built in found:
 
 def convolved(arch, channels, *plans):
     """Code that compiles the three passes of a convolution, by these plans: `built`, one by one."""
-    return f"""
-import re, torch, triton
+    return f"""{SPY}
 from cassetta.kernels import aot, conv_dgrad, conv_fprop, conv_wgrad, layout
 from cassetta.kernels.plans import GemmPlan, WgradPlan, use_plan
 from cassetta.kernels.types import NOTHING, Activation, Geometry
-c, found, compile_ = {channels}, [], triton.compile
-def spy(*args, **options):
-    found.append(compile_(*args, **options))
-    return found[-1]
-triton.compile = spy
+c = {channels}
 x = layout.empty((1, c, 32, 32, 32), torch.bfloat16, "meta")
 w = torch.empty(c, c, 3, 3, 3, dtype=x.dtype, device="meta")
 same = Geometry((1, 1, 1), ((2, 2),) * 3, (2, 2, 2))
@@ -196,14 +190,8 @@ print(main(["compile-check", "--arch", "sm_90"]))
 
 def test_nan_survives_every_minimum_and_maximum():
     """The interpreter cannot show it: numpy's maximum keeps NaN, a GPU's max.f32 does not."""
-    out = run("""
-import re, torch, triton
+    out = run(f"""{SPY}
 from cassetta.kernels import activations, aot
-found, compile_ = [], triton.compile
-def spy(*args, **options):
-    found.append(compile_(*args, **options))
-    return found[-1]
-triton.compile = spy
 for name in activations.NAMES:
     with aot.recorded(90, "", []):
         aot._run_passes(aot._image(torch.float32, "1-D"), name, True, True)

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from test_aot import convolved, run
+from test_aot import SPY, convolved, run
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton is for Linux")
 
@@ -21,20 +21,11 @@ def test_operands_of_asynchronous_products_have_a_buffer_for_each_stage(channels
 
     Triton counts one fewer for an operand that is read by something else, too (triton#6691).
     """
-    out = run(f"""{convolved(90, channels, "GemmPlan(stages=3)", "WgradPlan(64, 64, 32, 3)")}
-    text, views, room, read = built.asm["ttgir"], {{}}, {{}}, set()
-    for line in text.splitlines():
-        if made := re.search(r"(%\\S+) = ttg.local_alloc : .*memdesc<(\\d+)x\\d+x\\d+x", line):
-            room[made[1]] = int(made[2])
-        elif made := re.search(r"(%\\S+) = ttg.memdesc_\\w+ (%\\w+)", line):
-            views[made[1]] = made[2]
-        elif made := re.search(r"warp_group_dot (%\\w+), (%\\w+), .*isAsync = true", line):
-            for operand in made.groups():
-                while operand in views:
-                    operand = views[operand]
-                if operand in room:
-                    read.add(operand)
-    print(name, *sorted(room[operand] for operand in read))
+    plans = "GemmPlan(stages=3)", "WgradPlan(64, 64, 32, 3)"
+    out = run(f"""from cassetta.kernels import buffers
+{convolved(90, channels, *plans)}
+    walk = buffers.walked(built.asm["ttgir"])
+    print(name, *sorted(walk.buffers[one] for one in walk.operands if one in walk.buffers))
 """)
     fprop, dgrad, wgrad = (line.split() for line in out.splitlines())
     late = channels % 8 != 0  # what is computed of x is multiplied by the step after
@@ -45,16 +36,10 @@ def test_operands_of_asynchronous_products_have_a_buffer_for_each_stage(channels
 def test_products_read_shared_memory_alone():
     """On sm_90 a product is under way while other instructions run, and ptxas before CUDA 13.3 lets
     these set registers that it reads (triton#11781): so it reads none, but those it adds to."""
-    out = run("""
-import re, torch, triton
+    out = run(f"""{SPY}
 from cassetta.kernels import aot, conv_fprop, conv_wgrad, layout
 from cassetta.kernels.plans import GemmPlan, WgradPlan, use_plan
 from cassetta.kernels.types import NOTHING, Geometry
-found, compile_ = [], triton.compile
-def spy(*args, **options):
-    found.append(compile_(*args, **options))
-    return found[-1]
-triton.compile = spy
 boxed = GemmPlan(64, 64, 64, 4, True), WgradPlan(64, 64, 64, 3, True)
 cases = ((64, True, ()), (21, False, ()), (64, False, boxed))  # pending, masked, in boxes
 with aot.recorded(90, "", []):
@@ -68,7 +53,7 @@ with aot.recorded(90, "", []):
             if c == 64:
                 conv_wgrad.conv_wgrad(x, x, p, (1, 1, 1), unit)
 for built in found:
-    product = r"warp_group_dot .*} : ([!\\w.]+)<.*? \\* ([!\\w.]+)<"
+    product = r"warp_group_dot .*}} : ([!\\w.]+)<.*? \\* ([!\\w.]+)<"
     print(*re.findall(product, built.asm["ttgir"]))
 """)
     assert out.splitlines() == ["('!ttg.memdesc', '!ttg.memdesc')"] * 5

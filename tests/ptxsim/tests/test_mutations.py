@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 import triton
-import triton.language as tl
+from two_readers import two_readers_kernel
 
 import ptxsim
 from ptxsim import driver
@@ -87,29 +87,15 @@ def test_a_wrong_mask(monkeypatch):
             "mov.u32 \t%r1, %ctaid.x", "mov.u32 \t%r1, 7").replace("%ctaid.x", "7"))  # fmt: skip
 
 
-@triton.jit
-def _two_readers_kernel(a, b, c, s, K, SUM: tl.constexpr):
-    m, n, k = tl.arange(0, 64), tl.arange(0, 64), tl.arange(0, 32)
-    total, sums = tl.zeros((64, 64), tl.float32), tl.zeros((64,), tl.float32)
-    for start in tl.range(0, K, 32, num_stages=3):
-        x = tl.load(a + m[:, None] * K + start + k[None, :])
-        y = tl.load(b + (start + k)[:, None] * 64 + n[None, :])
-        if SUM:
-            sums += tl.sum(y.to(tl.float32), 0)
-        total = tl.dot(x, y, total)
-    tl.store(c + m[:, None] * 64 + n[None, :], total)
-    tl.store(s + n, sums)
-
-
 @pytest.mark.parametrize("reads_twice", [False, True])
 def test_what_triton_3_6_gets_wrong(reads_twice, hopper):
     """An operand of wgmma that is also summed has a buffer too few: it is overwritten in flight."""
     a, b = torch.randn(64, 160).bfloat16(), torch.randn(160, 64).bfloat16()
     c, s = torch.empty(64, 64), torch.empty(64)
-    kernel = triton.JITFunction(_two_readers_kernel.fn)
+    kernel = triton.JITFunction(two_readers_kernel.fn)
     if not reads_twice:
-        kernel[(1,)](a, b, c, s, 160, SUM=False)
+        kernel[(1,)](a, b, c, s, 160, SUM=False, STAGES=3)
         torch.testing.assert_close(c.double(), a.double() @ b.double(), rtol=1e-4, atol=1e-4)
     elif triton.__version__.startswith("3.6"):
         with pytest.raises(ptxsim.RaceError, match="may still read"):
-            kernel[(1,)](a, b, c, s, 160, SUM=True)
+            kernel[(1,)](a, b, c, s, 160, SUM=True, STAGES=3)
