@@ -7,7 +7,6 @@ The exit code is 0 if all are as they should be, 1 if any is not, and 2 if none 
 
 import argparse
 import time
-from collections import defaultdict
 
 import torch
 from rich.console import Console
@@ -15,6 +14,7 @@ from rich.console import Console
 from cassetta.cli.errors import CommandError
 from cassetta.kernels import dispatch
 from cassetta.measure import checking
+from cassetta.measure.spending import ALL, Budget
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,25 +32,24 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(f"there is no kernel to check: {why}")
     device = torch.device("cpu" if dispatch.is_interpreted() else "cuda")
     console = Console(soft_wrap=True, highlight=False)
-    start, wrong, spent, done = time.perf_counter(), 0, defaultdict(float), []
+    budget, wrong, done = Budget(arguments.budget), 0, []
     torch.manual_seed(0)
     planned = checking.comparisons(device)
     for one in planned:
         done.append(one)
-        before = time.perf_counter()
-        fault = one.run()
-        now = time.perf_counter()
-        spent[one.part] += now - before
+        with budget.spending(one.part):
+            fault = one.run()
         if fault:
             wrong += 1
             plan = f", {one.plan}" * bool(one.plan)
             console.print(f"[red]{one.what}[/] ({one.case}{plan}): {fault}")
-        if now - start > arguments.budget:
+        if budget.left < 0:
             break
     where = "this GPU" if device.type == "cuda" else "the interpreter"
-    seconds = time.perf_counter() - start
+    seconds = time.monotonic() - budget.start
     console.print(f"{len(done)} comparisons on {where} in {seconds:.0f} s, {wrong} at fault")
-    console.print(", ".join(f"{part} {spent[part]:.0f} s" for part in checking.PARTS))
+    spent = {part: budget.spent.get((ALL, part), 0.0) for part in checking.PARTS}
+    console.print(", ".join(f"{part} {seconds:.0f} s" for part, seconds in spent.items()))
     _print_pairs(console, done, planned[len(done) :])
     return 1 if wrong else 0
 

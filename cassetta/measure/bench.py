@@ -149,11 +149,11 @@ def _time(
     start = time.monotonic()
     most = min(SECONDS, budget.left)
     times = interleaved(runs, plan.device, plan.rounds, warmup, budget=most)
-    seconds, all_ms = time.monotonic() - start, sum(one.ms for one in times.values())
+    seconds = time.monotonic() - start
+    budget.share("timing", seconds, [(one.engine, times[one.label].ms) for one in ready])
     for rival, one in ready.items():
         timing = times[rival.label]
         found[rival].update(timing._asdict(), **one.columns, roof_fraction=one.floor / timing.ms)
-        budget.add("timing", rival.engine, seconds * timing.ms / all_ms)
 
 
 def _rivals(group: Group, plan: Plan) -> list[peers.Rival]:

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from rich.table import Table
@@ -77,6 +77,13 @@ class Budget:
     def add(self, what: str, whom: str, seconds: float) -> None:
         """Count seconds that were measured."""
         self.spent[whom, what] = self.spent.get((whom, what), 0.0) + seconds
+
+    def share(self, what: str, seconds: float, ms: Iterable[tuple[str, float]]) -> None:
+        """Count seconds in which several took turns: each row's part is in proportion to its ms."""
+        parts = list(ms)
+        whole = sum(one for _, one in parts)
+        for whom, one in parts:
+            self.add(what, whom, seconds * one / whole)
 
     def table(self) -> Table:
         """Tabulate where the seconds went: a row per engine, a column per activity."""

@@ -241,8 +241,7 @@ def _fastest(
     start = time.monotonic()
     times = interleaved(runs, device, ROUNDS, budget=min(SECONDS, budget.left))
     seconds, ms = time.monotonic() - start, {name: time.ms for name, time in times.items()}
-    for name, one in ms.items():
-        budget.add("timing", whom or name, seconds * one / sum(ms.values()))
+    budget.share("timing", seconds, [(whom or name, one) for name, one in ms.items()])
     return Record(min(ms, key=lambda name: ms[name]), ms, refused)
 
 
