@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import RUNNER
 
 from cassetta import backbones, layers, models
 from cassetta.kernels import dispatch
@@ -49,17 +48,9 @@ def test_numbers(case, run):
             assert error <= 1e-10 * scale, name
 
 
-LONG = {
-    "meshnet2d_default", "meshnet3d_eval", "meshnet3d_five", "unet3d_batch", "unet3d_batch_eval",
-}  # fmt: skip
-"""These take the interpreter half a minute each to convolve; others have all their layers."""
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_numbers_through_the_kernels(case, kernels, engine):
     """In float32, as near as plain PyTorch comes in float32, which a dozen layers amplify."""
-    if RUNNER == "interpreter" and engine == "gemm" and case in LONG:
-        pytest.skip("takes long in the interpreter: `make test-gpu` runs it")
     ours = errors(case, torch.float32, kernels)
     with dispatch.use_backend("reference"):
         same = errors(case, torch.float32, kernels)
