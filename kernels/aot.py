@@ -108,7 +108,7 @@ def recorded(arch: int, case: str, reports: list[Report]) -> Iterator[None]:
 def check(arch: int) -> Iterator[Report]:
     """Compile every pass in pairs of dtype, activation, layout and what may be absent.
 
-    Of the architectures that are not in `WHOLE`, one pair of seven, and convolutions in float16.
+    For architectures that are not in `WHOLE`: every seventh pair, and convolutions in float16.
     """
     pairs, dtypes = [*enumerate(_pairs())], [*enumerate(configs.dtypes())]
     if arch not in WHOLE:

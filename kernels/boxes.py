@@ -29,11 +29,11 @@ def are_copied(device: torch.device) -> bool:
 
 
 def are_copied_by(capability: tuple[int, int]) -> bool:
-    """Whether GPUs of this compute capability copy boxes, rightly and with profit.
+    """Tell whether boxes are used on GPUs of this compute capability.
 
-    By the descriptors of triton before 3.6, those of 10.0 and newer read wrong ones of images that
-    are not dense (triton#10442). Those of 12.0 multiply as 8.0 does, from registers, and kernels
-    with boxes keep some of these in memory.
+    Before triton 3.6, GPUs of 10.0 and newer read wrong boxes of images that are not dense
+    (triton#10442). GPUs of 12.0 multiply from registers, as 8.0 does, and there kernels with boxes
+    spill.
     """
     major, _ = capability
     return major == 9 or (major == 10 and _triton() >= (3, 6))
@@ -41,7 +41,7 @@ def are_copied_by(capability: tuple[int, int]) -> bool:
 
 @functools.cache
 def _triton() -> tuple[int, ...]:
-    """The version of triton, which whoever launches has imported."""
+    """Return the version of triton, (major, minor)."""
     version = importlib.import_module("triton").__version__
     return tuple(map(int, re.findall(r"\d+", version)[:2]))
 

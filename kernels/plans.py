@@ -36,9 +36,9 @@ class GemmPlan(NamedTuple):
     boxes: bool = False  # whether a tile is a box, where the image can be read so
 
     def shared(self, itemsize: int) -> int:
-        """Bytes of shared memory that a launch takes, at most.
+        """Return an upper bound of the bytes of shared memory that a launch takes.
 
-        As many buffers as there are stages, or the result on its way to words of an image.
+        It holds a buffer per stage, or afterwards the result on its way to words of an image.
         """
         operands = self.block_k * (self.block_m + self.block_n) * itemsize
         return max(self.stages * operands, 4 * self.block_m * (self.block_n + 8)) + _BESIDE
@@ -58,7 +58,7 @@ class WgradPlan(NamedTuple):
     boxes: bool = False
 
     def shared(self, itemsize: int) -> int:
-        """Bytes of shared memory that a launch takes, at most."""
+        """Return an upper bound of the bytes of shared memory that a launch takes."""
         operands = self.block_v * (self.rows + self.block_n) * itemsize
         return max(self.stages * operands, 4 * self.rows * (self.block_n + 8)) + _BESIDE
 
@@ -175,7 +175,7 @@ def candidates(what: Pass | Product, device: torch.device) -> list[Any]:
 
 
 def fitting(what: Product, device: torch.device) -> tuple[Any, ...]:
-    """The plans that the shared memory of a device suffices for, the first by rule.
+    """List the plans that fit into the shared memory of a device, the default first.
 
     GeForce GPUs, A10, L4 and the like have 99 KB for a program, A100 163, H100 and B200 227.
     """
@@ -185,7 +185,7 @@ def fitting(what: Product, device: torch.device) -> tuple[Any, ...]:
 
 @functools.cache
 def within(plans: tuple[Any, ...], itemsize: int, most: int) -> tuple[Any, ...]:
-    """Those that need no more than so many bytes of shared memory."""
+    """List those plans that take at most `most` bytes of shared memory."""
     return tuple(plan for plan in plans if plan.shared(itemsize) <= most)
 
 

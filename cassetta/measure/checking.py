@@ -56,11 +56,10 @@ class Comparison(NamedTuple):
 
 
 def comparisons(device: torch.device) -> list[Comparison]:
-    """All that there are, the most decisive first; nothing is computed yet.
+    """List all comparisons, the most decisive first; nothing is computed yet.
 
-    In float32, in full and with short factors, float16 and bfloat16. In the interpreter without
-    bfloat16, which it gets wrong, and without boxes and the widest convolution, for which it takes
-    long.
+    Dtypes are float32 (full and TF32), float16 and bfloat16. The interpreter leaves out bfloat16,
+    which it computes wrongly, and boxes and the widest convolution, which take it long.
     """
     found = [*_of_passes(device), *_of_products(device), *_of_networks(device)]
     return sorted(found, key=lambda one: PARTS.index(one.part))  # of equals, the order stays
@@ -123,7 +122,7 @@ def _of_networks(device: torch.device) -> Iterator[Comparison]:
 
 
 class _Judged:
-    """Some work, and what is to come of it by plain PyTorch: found when it is first asked for."""
+    """Inputs of a pass, and its results by plain PyTorch; both are computed when first used."""
 
     def __init__(self, draw: Callable[[], Any], exact: str = "tf32") -> None:
         self.work = functools.cache(draw)
@@ -131,13 +130,13 @@ class _Judged:
         self.exact = exact
 
     def by(self, plan: Any, part: str, name: str, case: str) -> Comparison:
-        """That a pass of this name computes so by this plan, if it has plans."""
+        """Make the comparison of the pass `name` by `plan`, or without a plan if it has none."""
         chosen = () if name in agreement.PASSES and name not in agreement.PLANNED else (plan,)
         run = functools.partial(self._wrong, name, chosen)
         return Comparison(part, name, str(plan) if chosen else "", case, run)
 
     def _truth(self, name: str) -> tuple[agreement.Step, agreement.Step]:
-        """In the same precision, and in float64."""
+        """Compute the pass by the reference, in the same precision and in float64."""
         work = self.work()
         return work.step(reference, name), work.to(torch.float64).step(reference, name)
 
@@ -156,8 +155,10 @@ class _Judged:
             return why
 
     def _slack(self, work: Any) -> float | None:
-        """Of products with short factors, which have as many digits as float16: cuDNN is free to
-        take whole ones."""
+        """Return the slack of TF32 products, whose factors have the digits of float16; else None.
+
+        The reference may be exact there, because cuDNN is free to use full factors.
+        """
         is_short = isinstance(work, agreement.ProductWork) and self.exact == "tf32"
         return agreement.SLACK[torch.float16] if is_short and work.x.itemsize == 4 else None
 
@@ -170,7 +171,7 @@ def _differ(one: agreement.Step, other: agreement.Step) -> bool:
 def _drawn(
     activation: str, dtype: torch.dtype, shape: tuple[int, ...], last: bool, device: torch.device
 ) -> Callable[[], agreement.Work]:
-    """What draws three images, for passes with this activation."""
+    """Return a function that draws three images, for passes with this activation."""
 
     def draw() -> agreement.Work:
         images = [_image(shape, dtype, last, device) for _ in range(3)]
