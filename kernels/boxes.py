@@ -1,4 +1,4 @@
-"""Boxes of an image, which GPUs of compute capability 9.0 and 10.0 copy as a whole (TMA).
+"""Boxes of an image, which GPUs of compute capability 9.0 copy as a whole (TMA).
 
 A tile of a convolution is then a box of voxels, not voxels that follow one another: what it reads
 for a tap is a box too, however large the dilation. The copy fills with zeros what lies outside the
@@ -7,10 +7,8 @@ a gather takes an address and a mask per voxel.
 """
 
 import functools
-import importlib
 import itertools
 import math
-import re
 
 import torch
 from torch import Tensor
@@ -31,19 +29,12 @@ def are_copied(device: torch.device) -> bool:
 def are_copied_by(capability: tuple[int, int]) -> bool:
     """Tell whether boxes are used on GPUs of this compute capability.
 
-    Before triton 3.6, GPUs of 10.0 and newer read wrong boxes of images that are not dense
-    (triton#10442). GPUs of 12.0 multiply from registers, as 8.0 does, and there kernels with boxes
-    spill.
+    Of 9.x. For 10.x, triton before 3.6 reads wrong boxes of images that are not dense
+    (triton#10442), and triton 3.6 transposes weights in TF32 into a single buffer, while a product
+    may still read it. GPUs of 12.0 multiply from registers, as 8.0 does, and there kernels with
+    boxes spill.
     """
-    major, _ = capability
-    return major == 9 or (major == 10 and _triton() >= (3, 6))
-
-
-@functools.cache
-def _triton() -> tuple[int, ...]:
-    """Return the version of triton, (major, minor)."""
-    version = importlib.import_module("triton").__version__
-    return tuple(map(int, re.findall(r"\d+", version)[:2]))
+    return capability[0] == 9
 
 
 @functools.lru_cache(4096)

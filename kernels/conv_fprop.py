@@ -163,23 +163,19 @@ def _conv_kernel(
         v = ((y0 * T0 + out // (T1 * T2)) * Z1 + y1 * T1 + out // T2 % T1) * Z2
         v += y2 * T2 + out % T2
     known = inside[:, None] & (k < K)[None, :]
-    r = total
-    if r_ptr is not None:
-        r_in = inside[:, None] & (k < tile.edge(K, R_WORDS))[None, :]
-        r = tl.load(tile.at(r_ptr, n, v, k, r_n, r_c, r_v, WIDE, R_WORDS), mask=r_in, other=0.0)
-        r = r.to(tl.float32)
     if out_ptr is None:
         total = tile.transformed(
             total, n, k, K, e_s1, e_t1, e_slope, e_s2, e_t2, e_p, e_q, E_ACT
         )  # fmt: skip
-        if r_ptr is not None:
-            total += r
+        if r_ptr is not None:  # (read so late, it takes no registers that the tables need)
+            total += _read(r_ptr, n, v, k, r_n, r_c, r_v, inside, K, WIDE, R_WORDS)
     y = total.to(y_ptr.dtype.element_ty)
     there = inside[:, None] & (k < tile.edge(K, True))[None, :]
     tl.store(tile.at(y_ptr, n, v, k, y_n, 1, y_v, WIDE, True), y, mask=there)
     value = y.to(tl.float32)
     chunk = (n * outs * tiles + out * tiles + tile_m) * K + k
     if out_ptr is not None:
+        r = _read(r_ptr, n, v, k, r_n, r_c, r_v, inside, K, WIDE, R_WORDS)
         _leave_sums(
             value, r, known, n, k, K, e_s1, e_t1, e_slope, e_s2, e_p, e_q, centre_ptr,
             out_ptr + chunk, size, E_ACT, AFTER,
@@ -189,6 +185,16 @@ def _conv_kernel(
         value = tile.activation(value, m_p, m_q, slope, M_ACT)
         count = _leave_moments(value, inside, k < K, mean_ptr + chunk, m2_ptr + chunk)
         tl.store(count_ptr + out * tiles + tile_m, count, mask=n + k0 == 0)
+
+
+@triton.jit
+def _read(
+    ptr, n, v, k, stride_n, stride_k, stride_v, inside, K, WIDE: tl.constexpr, WORDS: tl.constexpr
+):  # fmt: skip
+    """A tile of the residual, or of what a gradient is of, in float32."""
+    there = inside[:, None] & (k < tile.edge(K, WORDS))[None, :]
+    at = tile.at(ptr, n, v, k, stride_n, stride_k, stride_v, WIDE, WORDS)
+    return tl.load(at, mask=there, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -110,21 +110,19 @@ def test_convolutions_feed_tensor_cores_by_16_bytes(arch, channels):
 
 
 @pytest.mark.parametrize("channels", [21, 64])
-@pytest.mark.parametrize("arch", [90, 100])
-def test_boxes_are_copied_as_a_whole(arch, channels):
+def test_boxes_are_copied_as_a_whole(channels):
     """Images, five axes of them, and weights go to tensor cores by copies of boxes (TMA) alone."""
     boxed = "GemmPlan(boxes=True)", "WgradPlan(64, 64, 64, 3, True)"
-    out = run(f"""{convolved(arch, channels, *boxed)}
-    cores = next(kind for kind in ("wgmma", "tcgen05", "mma") if re.search(aot._MMA[kind], ptx))
+    out = run(f"""{convolved(90, channels, *boxed)}
+    cores = next(kind for kind in ("wgmma", "mma") if re.search(aot._MMA[kind], ptx))
     boxes = re.findall(r"cp\\.async\\.bulk\\.tensor\\.(.)d", ptx)
     images, weights = boxes.count("5"), boxes.count("3")
     loads = len(re.findall(r"ld\\.global|cp\\.async\\.c[ag]", ptx))
     print(name, cores, images > 0, weights > 0, loads)
 """)
     fprop, dgrad, wgrad = (line.split() for line in out.splitlines())
-    new = {90: "wgmma", 100: "tcgen05"}[arch]
-    assert fprop == dgrad == ["_conv_kernel", new, "True", "True", "0"]
-    few = "mma" if channels < 64 else new  # the new instructions multiply 64 rows at least
+    assert fprop == dgrad == ["_conv_kernel", "wgmma", "True", "True", "0"]
+    few = "mma" if channels < 64 else "wgmma"  # which multiplies 64 rows at least
     assert wgrad == ["_conv_wgrad_kernel", few, "True", "False", "0"]
 
 
