@@ -55,9 +55,14 @@ from cassetta.kernels.types import (
 SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 """Bytes of shared memory that one program may use, by compute capability."""
 
-WHOLE = (80, 90, 100)
-"""For these everything is compiled. The others' instructions are those of sm_80: a part tells
-whether they spill, or need more shared memory than there is."""
+PRODUCTS = {
+    80: (torch.float32, torch.float16),
+    90: (torch.float32, torch.float16, torch.bfloat16),
+    100: (torch.float32, torch.bfloat16),
+}  # fmt: skip
+"""For these everything is compiled, and convolutions in these types: two of 16 bits differ by their
+conversions alone. The instructions of the others are those of sm_80: a part tells whether they
+spill, or need more shared memory than there is."""
 
 _TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8",
@@ -106,14 +111,14 @@ def recorded(arch: int, case: str, reports: list[Report]) -> Iterator[None]:
 
 
 def check(arch: int) -> Iterator[Report]:
-    """Compile every pass in pairs of dtype, activation, layout and what may be absent.
+    """Compile every pass with every activation; dtypes, layouts and what may be absent in turn.
 
-    For architectures that are not in `WHOLE`: every seventh pair, and convolutions in float16.
+    An activation meets another dtype on each architecture of `PRODUCTS`. For those that are not in
+    it: every third activation, and convolutions in float16.
     """
-    pairs, dtypes = [*enumerate(_pairs())], [*enumerate(configs.dtypes())]
-    if arch not in WHOLE:
-        pairs, dtypes = pairs[::7], dtypes[1:2]
-    for n, (dtype, activation, kind) in pairs:
+    turn = [*PRODUCTS].index(arch) if arch in PRODUCTS else 0
+    pairs = [*enumerate(_pairs(turn), turn * len(activations.NAMES))]
+    for n, (dtype, activation, kind) in pairs if arch in PRODUCTS else pairs[::3]:
         reports: list[Report] = []
         case = f"{str(dtype).removeprefix('torch.')} {activation} {kind}"
         plan = plans.PLANS[n // 4 % len(plans.PLANS)]  # with every other choice
@@ -124,8 +129,9 @@ def check(arch: int) -> Iterator[Report]:
             if activation == "identity":
                 _run_norms(dtype)
         yield from reports
-    for n, dtype in dtypes:
-        yield from _check_convolutions(arch, dtype, n)
+    for n, dtype in enumerate(configs.dtypes()):
+        if dtype in PRODUCTS.get(arch, (torch.float16,)):
+            yield from _check_convolutions(arch, dtype, n)
 
 
 def _check_convolutions(arch: int, dtype: torch.dtype, n: int) -> Iterator[Report]:
@@ -149,22 +155,23 @@ def _check_convolutions(arch: int, dtype: torch.dtype, n: int) -> Iterator[Repor
         case = f"{str(dtype).removeprefix('torch.')} {channels} channels, {pair[0]}, {pair[1]}"
         exact = precision.use("ieee" if m // len(gemm) % 2 else "tf32")
         with recorded(arch, case, reports), plans.use_plan(*pair), exact:
-            name = activations.NAMES[(n * 5 + m) % len(activations.NAMES)]
-            _run_convolutions(dtype, channels, name, full=(n + m) % 2 == 0, wide=m % 3 == 2)
+            full, names = (n + m) % 2 == 0, activations.NAMES
+            name = _HEAVIEST[m // 2 % 2] if full else names[(n * 5 + m) % len(names)]
+            _run_convolutions(dtype, channels, name, full, wide=m % 3 == 2)
         yield from reports
 
 
 _CHANNELS = (5, 21, 32, 64, 128)
+_HEAVIEST = ("prelu", "gelu_tanh")  # of registers, beside a residual
 _SAME = Geometry((1,), ((0, 0),), (1,))
 
 
-def _pairs() -> list[tuple[torch.dtype, str, str]]:
-    """Each activation with each dtype, and each layout with each dtype and with each activation."""
+def _pairs(turn: int) -> list[tuple[torch.dtype, str, str]]:
+    """Each activation, with one dtype and one layout, which are others in each turn."""
     dtypes, layouts = configs.dtypes(), tuple(_SHAPES)
     return [
-        (dtype, name, layouts[(i + j) % len(layouts)])
-        for i, name in enumerate(activations.NAMES)
-        for j, dtype in enumerate(dtypes)
+        (dtypes[n % len(dtypes)], name, layouts[n % len(layouts)])
+        for n, name in enumerate(activations.NAMES, turn)
     ]
 
 

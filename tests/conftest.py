@@ -7,6 +7,8 @@ are imported, so they are imported here; afterwards the environment is as users 
 fixture `kernels` asks again.
 """
 
+import dataclasses
+import importlib
 import importlib.util
 import itertools
 import os
@@ -42,6 +44,28 @@ def pytest_configure(config):
         os.environ[dispatch.INTERPRET] = "1"
         dispatch._triton_passes()
         del os.environ[dispatch.INTERPRET]
+        _hasten_interpreter()
+
+
+def _hasten_interpreter():
+    """Spare what it does in vain, more than half of its time.
+
+    For each sum and product of integers it computes whether it overflows, and, without its option
+    `debug`, forgets the answer. At each call of a function within a kernel it replaces what the
+    function's module imports of `triton.language`; it does not take that back, so once is enough.
+    """
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    replaced = set()
+
+    def call(function, *args, **named):
+        if function.fn.__module__ not in replaced:
+            replaced.add(function.fn.__module__)
+            interpreter._patch_lang(function.fn)
+        return function.rewrite()(*args, **named)
+
+    interpreter.InterpretedFunction.__call__ = call
 
 
 def _simulate(arch):
@@ -108,7 +132,7 @@ def engine(request):
 
 def large_tiles():
     """The interpreter takes its time per step, whatever its size, and no GPU has to hold it."""
-    large = plans.GemmPlan(4096, 128, 128), plans.WgradPlan(512, 128, 2048)
+    large = plans.Plan(2**16), plans.GemmPlan(4096, 128, 128), plans.WgradPlan(512, 128, 2048)
     return plans.use_plan(*(large if RUNNER == "interpreter" else ()))
 
 
