@@ -8,7 +8,6 @@ fixture `kernels` asks again.
 """
 
 import dataclasses
-import importlib
 import importlib.util
 import itertools
 import os

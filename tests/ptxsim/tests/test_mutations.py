@@ -99,3 +99,5 @@ def test_what_triton_3_6_gets_wrong(reads_twice, hopper):
     elif triton.__version__.startswith("3.6"):
         with pytest.raises(ptxsim.RaceError, match="may still read"):
             kernel[(1,)](a, b, c, s, 160, SUM=True, STAGES=3)
+    else:
+        pytest.skip("this is known of triton 3.6")
