@@ -291,7 +291,7 @@ def run(
     (n, c), k = x.shape[:2], y.shape[1]
     taps = steps.taps[0] * steps.taps[1] * steps.taps[2]
     outs, taps = (taps, 1) if scatter else (1, taps)
-    heavy = image is not None or not p.is_identity or not epilogue.is_identity
+    heavy = image is not None or not p.is_identity() or not epilogue.is_identity()
     heavy |= moments_of is not None and moments_of.name not in ("identity", "relu", "leaky_relu")
     size = (steps.out[0], steps.out[1], steps.out[2])
     readable = partial(_are_readable, x, x2, w, w2)
@@ -321,7 +321,7 @@ def run(
         *lifted(tuple(y.shape[2:]), 1)[1:], *size, *stride, *before, *dilation,
         *voxel_steps(x), *((0, 0) if x2 is None else voxel_steps(x2)), *voxel_steps(y), *r_strides,
         taps, outs, config.tiles, config.k_blocks, n * chunks * k,
-        PRE=not p.is_identity, P_ACT=act.name, E_ACT=e_act.name, M_ACT=m_act.name,
+        PRE=not p.is_identity(), P_ACT=act.name, E_ACT=e_act.name, M_ACT=m_act.name,
         SCATTER=scatter, AFTER=after, GUARD=c % layout.WORD != 0,
         GUARD2=x2 is not None and x2.shape[1] % layout.WORD != 0,
         R_WORDS=image is not None and layout.is_in_words(image),

@@ -147,7 +147,7 @@ def conv_wgrad(
     product = plans.Product("conv_wgrad", tuple(x.shape), k, taps, geometry, g.dtype)
     shape = (out[0], out[1], out[2])
     config = configs.wgrad(
-        product, shape, x.device, not p.is_identity,
+        product, shape, x.device, not p.is_identity(),
         lambda: boxes.strides(x) is not None and boxes.strides(g) is not None,
     )  # fmt: skip
     read: tuple[Any, Any] = (x, g)
@@ -164,7 +164,7 @@ def conv_wgrad(
         c, k, math.prod(out), *inp, *out, *size[1:], *stride, *before, *dilation,
         *voxel_steps(x), *voxel_steps(g), many, config.steps, config.part, config.splits,
         config.c_blocks, config.k_blocks,
-        PRE=not p.is_identity, ACT=act.name, WIDE=tile.is_wide(x, g),
+        PRE=not p.is_identity(), ACT=act.name, WIDE=tile.is_wide(x, g),
         PRECISION=precision.of(g.dtype), RAGGED=boxes.are_ragged(config.box, shape),
     )  # fmt: skip
     dw = dw.sum(0).permute(2, 1, 0).clone(memory_format=torch.contiguous_format)

@@ -90,8 +90,8 @@ def resize(x: Tensor, p: Prologue, size: tuple[int, ...], grid: Grid) -> Tensor:
         x, y, p.s1, p.t1, p.slope, p.s2, p.t2, p.activation.p, p.activation.q,
         x.shape[1], tile.voxels(y), *lifted(tuple(x.shape[2:]), 1), *lifted(size, 1)[1:],
         *_numbers(grid), *x_strides, *y_strides, config.chunks, config.c_blocks,
-        PRE=not p.is_identity, ACT=p.activation.name, CORNERS=corners,
-        UNROLLED=corners if p.is_identity else 1,  # of a transform, registers hold no more
+        PRE=not p.is_identity(), ACT=p.activation.name, CORNERS=corners,
+        UNROLLED=corners if p.is_identity() else 1,  # of a transform, registers hold no more
         WIDE=tile.is_wide(x, y), WORDS=tile.in_words(x, y),
     )  # fmt: skip
     return y

@@ -49,8 +49,7 @@ class Prologue(NamedTuple):
     s2: Tensor | None = None
     t2: Tensor | None = None
 
-    @property
-    def is_identity(self) -> bool:
+    def is_identity(self) -> bool:  # (torch 2.8 traces no property of a tuple)
         """Whether z is x."""
         return self.s1 is None and self.s2 is None and self.activation.name == "identity"
 

@@ -101,6 +101,9 @@ UNTRACED = {
         r"isinstance\([^()]*\|",  # unions of types
         r"\bnext\(\(?\w.* for ", r"\bvars\(", r" in \w+\.values\(\) for ", r"\*self\[:",
     ],
+    ("layers", "backbones", "models", "functional"): [  # kernels are called by operators
+        r"\._replace\(", r"\.remove\(", r"\bany\(\w+ (not )?in ",
+    ],
     ("layers", "backbones", "models"): [  # where self is a module
         r"\w+(, \*?\w+)+ = self$", r"enumerate\(self\)", r"zip\(self,",
     ],
@@ -115,6 +118,26 @@ def test_nothing_that_runs_in_a_network_is_beyond_the_oldest_tracer():
                 for pattern in patterns:
                     found = re.search(pattern, path.read_text(), re.MULTILINE)
                     assert not found, f"{path}: {found}"
+
+
+def test_tuples_that_networks_make_have_no_properties():
+    """Torch 2.8 cannot trace them."""
+    for path in sources():
+        parts = path.relative_to(ROOT).parts
+        if parts[1] in ("layers", "backbones", "models", "functional", "types.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ClassDef) and "NamedTuple" in map(ast.unparse, node.bases):
+                    assert "@property" not in ast.unparse(node), f"{path}: {node.name}"
+
+
+def test_functions_within_functions_take_no_unions_of_types():
+    """Torch 2.8 cannot trace them, since their annotations are evaluated when they are made."""
+    for path in sources():
+        if path.relative_to(ROOT).parts[1] in ("layers", "backbones", "models", "functional"):
+            for outer in ast.walk(ast.parse(path.read_text())):
+                for inner in outer.body if isinstance(outer, ast.FunctionDef) else []:
+                    if isinstance(inner, ast.FunctionDef):
+                        assert "|" not in ast.unparse(inner).split("\n")[0], f"{path}: {inner.name}"
 
 
 def test_only_the_kernels_know_of_devices_and_triton():

@@ -123,7 +123,7 @@ def assert_right(x, window, p=NOTHING):
     same, places = reference.max_pool(x, p, window)
     assert (y.stride(), where.stride()) == (same.stride(), places.stride())
     assert (y.dtype, where.dtype) == (x.dtype, places.dtype)
-    if p.is_identity:
+    if p.is_identity():
         assert_bits(y, same)
         assert_bits(where, places)
     else:

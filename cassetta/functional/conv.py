@@ -69,7 +69,8 @@ def conv(
     """Cross-correlate inp (B, C, *size) with weight (K, C/groups, *kernel_size): (B, K, *out)."""
     if padding_mode != "zeros" and to_enum(padding_mode) != Bound.zero:  # the word is quick to tell
         inp = pad(inp, geometry.padding, padding_mode)
-        geometry = geometry._replace(padding=((0, 0),) * len(geometry.padding))
+        stride, padding, dilation, groups = geometry
+        geometry = Geometry(stride, ((0, 0),) * len(padding), dilation, groups)
     return dispatch.implementation().conv(inp, weight, bias, geometry)
 
 
@@ -99,7 +100,7 @@ def conv_deferred(
     x, second = x.parts or (x.settled(), None)
     raw = x.handle()
     dtype, weight, bias = rounded(raw, weight, bias)
-    if x.prologue.is_identity and second is None:  # else z is rounded when it is built
+    if x.prologue.is_identity() and second is None:  # else z is rounded when it is built
         raw = raw.to(dtype)
     other = None if second is None else second.handle()
     pending = *flat(x.prologue), *flat(NOTHING if second is None else second.prologue)
@@ -177,7 +178,7 @@ class _Activate(Function):
         ctx: Any, y: Tensor, s: Tensor | None, t: Tensor | None, *activation: Any
     ) -> Tensor:
         inner = Activation(*activation)
-        ctx.activation = inner._replace(name=BY_RESULT[inner.name])
+        ctx.activation = Activation(BY_RESULT[inner.name], inner.p, inner.q)
         out = ops.materialize(y, Prologue(s, t, inner), None, y.dtype)
         ctx.save_for_backward(out, s, t)
         return out

@@ -122,7 +122,7 @@ class Deferred:
     @property
     def _is_raw(self) -> bool:
         """Whether z is x."""
-        return self.prologue.is_identity and self.is_settled
+        return self.prologue.is_identity() and self.is_settled
 
     def leading(self, channels: int) -> Tensor:
         """The first channels of z; of two images, that is the first one, if it has so many."""
@@ -133,7 +133,7 @@ class Deferred:
     def plus(self, residual: Tensor) -> Deferred:
         """The sum with a tensor of the same shape; computed with what is read next."""
         x = self.settled()
-        if isinstance(x._raw, Launch) and x.prologue.is_identity and x._raw.takes(residual):
+        if isinstance(x._raw, Launch) and x.prologue.is_identity() and x._raw.takes(residual):
             return Deferred(x._raw.run(residual))
         if x._z is not None or x._is_raw:
             return Deferred(x.z(), residual=residual)
@@ -152,7 +152,7 @@ class Deferred:
         s1, t1, act, slope, s2, t2 = self.prologue
         norm = self.norm
         if norm is not None and norm.outer == self.has_activation:  # and so comes last
-            norm = norm._replace(after=factor if norm.after is None else norm.after * factor)
+            norm = norm.scaled(factor)
         zero = torch.zeros_like(factor)
         if self.has_activation:
             s2, t2 = (factor, zero) if s2 is None or t2 is None else (s2 * factor, t2 * factor)
@@ -170,7 +170,8 @@ class Deferred:
         if weight is not None:
             n, c = self.raw.shape[:2]
             slope = weight.detach().to(table_dtype(self.raw)).expand(n, c).contiguous()
-        prologue = self.prologue._replace(activation=activation, slope=slope)
+        s1, t1, *_, s2, t2 = self.prologue
+        prologue = Prologue(s1, t1, activation, slope, s2, t2)
         return self._next(prologue, self.norm, weight=weight)
 
     def normalized(
@@ -199,8 +200,8 @@ class Deferred:
             elif self.own is not None and self._is_own_of_what_is_pending():
                 own = self.own
             else:
-                inner = self.prologue if self.has_activation else Prologue()
-                own = ops.moments(self.raw, inner._replace(s2=None, t2=None))
+                inner = Prologue(s1, t1, act, slope) if self.has_activation else NOTHING
+                own = ops.moments(self.raw, inner)
             tables, found, unbiased = standardize(own, before, gamma, beta, eps, pool, self.voxels)
             mean, _, rstd, scale, shift = tables.unbind()
             if track is not None:
@@ -231,7 +232,7 @@ class Deferred:
         if self._stand_in is None:
             gamma, beta = self.affine
             given = (self.raw, gamma, beta, self.weight)
-            needs = torch.is_grad_enabled() and not self.prologue.is_identity
+            needs = torch.is_grad_enabled() and not self.prologue.is_identity()
             if needs and any(t is not None and t.requires_grad for t in given):
                 norm = (None,) * len(Norm._fields) if self.norm is None else self.norm
                 is_summed = [self.norm is not None and not torch.compiler.is_compiling()]
@@ -256,7 +257,7 @@ class Deferred:
             return self._z
         if self.parts is not None:
             self._z = torch.cat([part.z() for part in self.parts], 1)
-        elif self.prologue.is_identity:
+        elif self.prologue.is_identity():
             self._z = self.raw + self.residual  # type: ignore[operator]
         else:
             self._z = Materialize.apply(self.handle(), *flat(self.prologue), self.residual)

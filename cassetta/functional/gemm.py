@@ -57,7 +57,7 @@ def conv_gemm(
     refuse_other(dtype, weight)
     (z, sums, *pending), (z2, sums2, *pending2) = _read(x, dtype), _read(second, dtype)
 
-    def run(residual: Tensor | None) -> tuple[Tensor, ...]:
+    def run(residual) -> tuple[Tensor, ...]:  # (torch 2.8 traces no union of types here)
         return _ImplicitGemm.apply(
             z, sums, z2, sums2, weight, bias, residual, *pending, *pending2, geometry,
             *flat(epilogue), *_of(moments_of),
@@ -66,7 +66,7 @@ def conv_gemm(
     if moments_of is not None:
         y, *own = run(None)
         return Deferred(_activated(y, epilogue), own=Moments(*own), own_of=moments_of)
-    if torch.is_grad_enabled() and not epilogue.is_identity:
+    if torch.is_grad_enabled() and not epilogue.is_identity():
         return Deferred(_activated(run(None)[0], epilogue))
     size = geometry.size_of(x.shape[2:], weight.shape[2:])
     like = weight.new_empty(()).expand(x.shape[0], weight.shape[0], *size)
@@ -75,7 +75,7 @@ def conv_gemm(
 
 def _activated(y: Tensor, epilogue: Prologue) -> Tensor:
     """y, which left its convolution activated, with the gradient of that."""
-    if epilogue.is_identity or not torch.is_grad_enabled():
+    if epilogue.is_identity() or not torch.is_grad_enabled():
         return y
     return _Activated.apply(y, *_of(epilogue.activation))  # type: ignore[return-value]
 
@@ -88,7 +88,7 @@ def _read(x: Deferred | None, dtype: torch.dtype) -> tuple[Any, ...]:
     if x is None:
         return None, None, *flat(NOTHING), None, False
     z, sums = x.handles()
-    z = z.to(dtype) if x.prologue.is_identity else z
+    z = z.to(dtype) if x.prologue.is_identity() else z
     norm = (None, False) if x.norm is None or sums is None else (x.norm.centre, x.norm.outer)
     return z, sums, *flat(x.prologue), *norm
 

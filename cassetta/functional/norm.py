@@ -31,8 +31,7 @@ class Pool(NamedTuple):
     groups: int = 1
     process_group: object = None  # for a batch that is spread over processes
 
-    @property
-    def pooling(self) -> Pooling:
+    def pooling(self) -> Pooling:  # (torch 2.8 traces no property of a tuple)
         """That within this process."""
         return Pooling(self.kind, self.groups)
 
@@ -48,6 +47,12 @@ class Norm(NamedTuple):
     pool: Pool
     outer: bool  # after the activation
 
+    def scaled(self, factor: Tensor) -> "Norm":
+        """This norm, whose result is multiplied by a factor (N, C)."""
+        mean, rstd, centre, before, after, pool, outer = self
+        after = factor if after is None else after * factor
+        return Norm(mean, rstd, centre, before, after, pool, outer)
+
     def gradients(
         self, gamma: Tensor | None, sums: Tensor, voxels: int
     ) -> tuple[Tensor, Tensor, Fold | None]:
@@ -62,7 +67,7 @@ class Norm(NamedTuple):
         """
         mean, rstd, centre, before, after, pool, _ = self
         tables = (mean, rstd, centre, before)
-        pooling = pool.pooling if pool.process_group is None else Pooling("fixed")
+        pooling = pool.pooling() if pool.process_group is None else Pooling("fixed")
         shares = ops.norm_finalize_backward(sums, *tables, after, gamma, voxels, pooling)
         dgamma, dbeta = shares[:2].sum(1).unbind()
         if pool.process_group is not None:
@@ -84,9 +89,9 @@ def standardize(
     n, c = own.mean.shape
     count = voxels * {"group": c // pool.groups, "batch": n}.get(pool.kind, 1)
     if pool.process_group is None:
-        tables = ops.norm_finalize(own, before, gamma, beta, eps, pool.pooling)
+        tables = ops.norm_finalize(own, before, gamma, beta, eps, pool.pooling())
         return tables, Moments(tables[0], tables[1]), count / max(count - 1, 1)
-    local = ops.norm_finalize(own, before, None, None, eps, pool.pooling)
+    local = ops.norm_finalize(own, before, None, None, eps, pool.pooling())
     pooled, total = _moments_of_all(Moments(local[0], local[1]), count, pool.process_group)
     fixed = Moments(*(one.repeat(n, 1) for one in pooled))
     tables = ops.norm_finalize(fixed, before, gamma, beta, eps, Pooling("fixed"))

@@ -37,4 +37,6 @@ def summed(g: Tensor) -> Tensor:
 
 def built(x: Tensor, prologue: Prologue, dtype: torch.dtype, words: bool = False) -> Tensor:
     """What x stands for, for a kernel that applies nothing to it; see `ops.materialize`."""
-    return x.to(dtype) if prologue.is_identity else ops.materialize(x, prologue, None, dtype, words)
+    return (
+        x.to(dtype) if prologue.is_identity() else ops.materialize(x, prologue, None, dtype, words)
+    )

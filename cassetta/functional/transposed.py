@@ -28,9 +28,9 @@ def conv_transposed_deferred(
     x = x.settled()
     raw = x.handle()
     dtype, weight, bias = rounded(raw, weight, bias)
-    raw = raw.to(dtype) if x.prologue.is_identity else raw
+    raw = raw.to(dtype) if x.prologue.is_identity() else raw
 
-    def run(residual: Tensor | None) -> Tensor:
+    def run(residual) -> Tensor:  # (torch 2.8 traces no union of types here)
         return _ConvTransposed.apply(
             raw, weight, bias, residual, *flat(x.prologue), geometry, dtype, engine
         )  # type: ignore[return-value]

@@ -178,8 +178,7 @@ class ConvBlock(Stack):
         told = self._told(layers)
         if told is None or "ca" not in "".join(steps):
             return steps, None
-        steps.remove("a")
-        return steps, told
+        return [letter for letter in steps if letter != "a"], told
 
     def _step(self, letter: str, layers: dict[str, Any], x: Deferred, after: bool) -> Deferred:
         """What a layer, before or after the convolution, makes of x."""

@@ -186,9 +186,10 @@ def _why_not(engine: str, conv: nn.Module | None) -> str | None:
 def _why_plain(block: nn.Module, layers: dict[str, nn.Module | None], x: Deferred) -> str | None:
     """Why no kernel covers a block of these layers, as a sentence; None if one does."""
     conv, norm, activation, dropout = (layers.get(letter) for letter in "cnad")
-    known = list(layers.values())  # (torch 2.8 traces a list)
-    if any(child not in known for child in block.children()):
-        return "layers were appended to it"
+    known = list(layers.values())
+    for child in block.children():  # (torch 2.8 exports neither `any` nor `in` of modules)
+        if not [layer for layer in known if layer is child]:
+            return "layers were appended to it"
     if (why := why_hooked(layers.values())) is not None:
         return why
     if type(conv) is not Conv:
@@ -298,7 +299,7 @@ def normalized(x: Deferred, norm: Any) -> Deferred:
     pool, batch = _pool(norm), kind in _BATCH
     fixed = Moments(norm.running_mean, norm.running_var) if pool is None else None
     if pool is not None and isinstance(norm, nn.SyncBatchNorm):
-        pool = pool._replace(process_group=process_group(norm))
+        pool = Pool(pool.kind, pool.groups, process_group(norm))
     track = None
     known = not groups and norm.running_mean is not None
     if pool is not None and known and (norm.track_running_stats or not batch):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, distributed as dist, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -138,7 +139,10 @@ class InstanceNorm(_InstanceNorm):
     def forward(self, inp: Tensor) -> Tensor:
         """(B, channels, *size) -> (B, channels, *size)"""
         self._check_input_dim(inp)
-        return self._apply_instance_norm(inp)
+        return F.instance_norm(
+            inp, self.running_mean, self.running_var, self.weight, self.bias,
+            self.training or not self.track_running_stats, self.momentum or 0.0, self.eps,
+        )  # fmt: skip
 
 
 class LayerNorm(nn.GroupNorm):

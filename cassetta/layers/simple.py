@@ -131,7 +131,7 @@ class Stack(nn.Sequential):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return nn.Sequential(*list(self)[index])
-        return super().__getitem__(index)
+        return self._modules[list(self._modules)[index]]
 
     def __iter__(self) -> Iterator[Any]:
         return super().__iter__()
