@@ -85,5 +85,8 @@ def watch(model: nn.Module, *inputs: Tensor) -> list[fusing.Ran]:
     gpus = sorted({x.device.index or 0 for x in inputs if x.device.type == "cuda"})
     random = torch.random.fork_rng(devices=gpus)
     with fusing.listening(model.training) as ran, random, torch.no_grad():
-        torch.func.functional_call(model, copies, inputs, tie_weights=False)
+        try:
+            torch.func.functional_call(model, copies, inputs, tie_weights=False)
+        finally:
+            torch.clear_autocast_cache()  # of copies of weights that need no gradient
     return ran

@@ -79,6 +79,29 @@ def test_every_plan_that_a_launch_may_take(monkeypatch, few):
     assert pairs == expected
 
 
+@pytest.mark.parametrize("kind", ["wide", "dilated", "strided", "one tap"])
+def test_every_kernel_of_a_convolution_by_every_plan(monkeypatch, kind):
+    """Those that scatter, transform what they load or read two images are kernels of their own."""
+    monkeypatch.setattr(boxes, "are_copied", lambda device: True)
+    sizes = checking.CONVOLUTIONS[kind]
+    device = torch.device("cpu")
+    planned = checking.comparisons(device)
+    for dtype in configs.dtypes():
+        expected = set()
+        for pass_, names in agreement.PRODUCTS.items():
+            product = plans.Product(pass_, *sizes, dtype)
+            more = ("conv_transposed",) if (pass_, kind) == ("conv_dgrad", "strided") else ()
+            tried = map(str, plans.candidates(product, device))
+            expected |= {*itertools.product((*names, *more), tried)}
+        own = plans.Product("", *sizes, dtype).key
+        found = {
+            (one.what, one.plan)
+            for one in planned
+            if one.case.startswith(f"{kind}: ") and one.case.endswith(own)
+        }
+        assert found == expected, dtype
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_boxes_are_compared_where_the_device_copies_them(monkeypatch, dtype):
     monkeypatch.setattr(configs, "dtypes", lambda: (dtype,))

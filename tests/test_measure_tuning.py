@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cassetta
 from cassetta.backbones import MeshNet
@@ -218,6 +219,43 @@ def test_training_and_inference_autocast_and_layout_are_apart(monkeypatch, open_
     ]
     assert all(keys.isdisjoint(other) for other in others)
     assert any("first float32 bfloat16, conv 4 k(3, 3) d(1, 1) bias" in key for key in rounded)
+
+
+@pytest.mark.parametrize("engine", ["reference", "library"])
+def test_under_autocast_each_step_rounds_its_weights(engine):
+    """As those of a training do, although what is tuned stays within one autocast."""
+    block = ConvBlock(2, 4, 4, norm="instance")
+    image = torch.randn(2, 4, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        run = tuning._run(tuning._Block(block), [(image,)], True, engine)
+        steps = [sum(one.shape == block.conv.weight.shape for one in cast(run)) for _ in "abc"]
+    assert steps[0] > 0
+    assert steps == steps[:1] * 3
+
+
+def cast(run):
+    """What is made another dtype."""
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default:
+                seen.append(args[0])
+            return function(*args, **kwargs or {})
+
+    seen = []
+    with Casts():
+        run(0)
+    return seen
+
+
+@pytest.mark.parametrize("look", [cassetta.explain, tune])
+def test_a_network_that_was_looked_at_under_autocast_can_be_trained_there(open_choice, look):
+    """Torch 2.8 keeps weights that were rounded without gradients, and takes them for others."""
+    net, image = net_and_image()
+    with torch.autocast("cpu", torch.bfloat16):
+        look(net, image)
+        net(image).float().sum().backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
 
 
 def test_a_budget_stops_and_a_later_call_goes_on(monkeypatch, open_choice):

@@ -59,7 +59,10 @@ def step(net: nn.Module, images: Images, training: bool, engine: str | None = No
     """The output, and in training the gradients of the images and of the parameters.
 
     The gradient of the output is drawn; that of an image is asked for. Nothing is accumulated.
+    Under autocast weights are rounded anew, as in each step of a training: torch keeps what it has
+    rounded until autocast is left, torch 2.8 also when that was without gradients.
     """
+    torch.clear_autocast_cache()
     with dispatch.use_engine(engine) if engine else contextlib.nullcontext():
         torch.manual_seed(0)  # the same channels are dropped
         if not training:
@@ -231,6 +234,9 @@ class ProductWork(NamedTuple):
             "conv_fprop, fused": lambda: passes.conv_fprop(
                 x, p, w, b, geometry, epilogue=after, residual=g
             )[:1],
+            "conv_fprop, of two images": lambda: passes.conv_fprop(
+                x, NOTHING, torch.cat((w, w), 1), b, geometry, -x
+            )[:1],
             "conv_dgrad": lambda: passes.conv_dgrad(g, w, geometry, size, x, p, one),
             "conv_dgrad, alone": lambda: passes.conv_dgrad(g, w, geometry, size)[:1],
             "conv_transposed": lambda: (passes.conv_transposed(g, NOTHING, w, None, geometry),),
@@ -246,7 +252,7 @@ PLANNED = ("moments", "materialize", "materialize_moments", "prologue_sums", "pr
 PASSES = (*PLANNED, "max_pool", "max_pool_dgrad", "concatenate", "resize", "resize_dgrad")
 
 PRODUCTS = {
-    "conv_fprop": ("conv_fprop", "conv_fprop, fused"),
+    "conv_fprop": ("conv_fprop", "conv_fprop, fused", "conv_fprop, of two images"),
     "conv_dgrad": ("conv_dgrad", "conv_dgrad, alone"),
     "conv_wgrad": ("conv_wgrad", "conv_wgrad, fused"),
 }

@@ -30,8 +30,12 @@ CONVOLUTIONS: dict[str, tuple[tuple[int, ...], int, tuple[int, ...], Geometry]] 
     "strided": ((1, 64, 8, 9, 8), 128, (2,) * 3, Geometry((2,) * 3, ((0, 0),) * 3, (1,) * 3)),
     "one tap": ((1, 5, 3000), 30, (1,), Geometry((1,), ((0, 0),), (1,))),
 }
-DECISIVE = 2
-"""So many of these are computed by every plan, the others by the first plan and the first boxes."""
+DECISIVE = ("wide", "dilated")
+"""Those that `cassetta check` begins with."""
+
+ALIKE = ("even",)
+"""Those whose kernels are those of others: computed by the first plan and the first boxes. The rest
+are other kernels: they scatter, or apply what is pending as they read."""
 
 REPEATED = 3
 """How often a kernel is run again on a GPU; it takes microseconds, once it is compiled."""
@@ -86,11 +90,11 @@ def _of_passes(device: torch.device) -> Iterator[Comparison]:
 
 
 def _of_products(device: torch.device) -> Iterator[Comparison]:
-    """Those of the first convolutions by every plan, with what may be fused and without."""
+    """Those of most convolutions by every plan, with what may be fused and without."""
     kept = {k: v for k, v in CONVOLUTIONS.items() if k != "wide" or not dispatch.is_interpreted()}
     exactly = [(dtype, "tf32") for dtype in _dtypes()]
     exactly += [(dtype, "ieee") for dtype in _dtypes() if dtype == torch.float32]
-    for (n, (kind, sizes)), (dtype, exact) in itertools.product(enumerate(kept.items()), exactly):
+    for (kind, sizes), (dtype, exact) in itertools.product(kept.items(), exactly):
         shown = f"{kind}{', in full' * (exact == 'ieee')}: "
         for pass_, names in agreement.PRODUCTS.items():
             product = plans.Product(pass_, *sizes, dtype)
@@ -100,24 +104,22 @@ def _of_products(device: torch.device) -> Iterator[Comparison]:
                 tried = plans.candidates(product, device)
             if dispatch.is_interpreted():
                 tried = [plan for plan in tried if not plan.boxes]
-            if n < DECISIVE:
-                for plan, name in itertools.product(tried, names):
-                    part = PARTS[0] if plan == tried[0] else PARTS[2]
-                    yield judged.by(plan, part, name, shown + product.key)
-                continue
-            strided = product.geometry.tiles(product.taps) and pass_ == "conv_dgrad"
-            boxed = [plan for plan in tried if plan.boxes]
-            few = itertools.product((*tried[:1], *boxed[:1]), (pass_, *TRANSPOSED[:strided]))
-            for plan, name in few:
-                yield judged.by(plan, PARTS[3], name, shown + product.key)
+            if kind in ALIKE:
+                tried = [*tried[:1], *[plan for plan in tried if plan.boxes][:1]]
+            strided = kind == "strided" and pass_ == "conv_dgrad"
+            for plan, name in itertools.product(tried, (*names, *TRANSPOSED[:strided])):
+                part = PARTS[0] if plan == tried[0] else PARTS[2]
+                part = part if kind in DECISIVE else PARTS[3]
+                yield judged.by(plan, part, name, shown + product.key)
 
 
 def _of_networks(device: torch.device) -> Iterator[Comparison]:
     """Small ones, forward and backward, by each engine; float32 in full."""
-    nets = {**_blocks(), **_networks()}
+    deep = _networks()
+    nets = {**_blocks(), **deep}
     engines = [engine for engine in ENGINES if engine != "reference"]
     for (name, (net, shape)), dtype, engine in itertools.product(nets.items(), _dtypes(), engines):
-        run = functools.partial(_wrong, net, shape, dtype, device, name in _networks(), engine)
+        run = functools.partial(_wrong, net, shape, dtype, device, name in deep, engine)
         yield Comparison(PARTS[1], name, "", f"{_case(dtype, shape, False)}, {engine}", run)
 
 

@@ -83,7 +83,7 @@ class Budget:
         parts = list(ms)
         whole = sum(one for _, one in parts)
         for whom, one in parts:
-            self.add(what, whom, seconds * one / whole)
+            self.add(what, whom, seconds * one / whole if whole else seconds / len(parts))
 
     def table(self) -> Table:
         """Tabulate where the seconds went: a row per engine, a column per activity."""

@@ -225,6 +225,7 @@ def _run(
     cotangent = torch.randn_like(agreement.step(net, images[0], False, engine).tensors[0])
 
     def run(k: int) -> object:
+        torch.clear_autocast_cache()  # so that a step rounds its weights, as one of a training does
         given = [one.detach().requires_grad_(training) for one in images[k % len(images)]]
         with dispatch.use_engine(engine), torch.set_grad_enabled(training):
             out = net(*given)
