@@ -11,7 +11,7 @@ from cassetta.backbones import UNet
 from cassetta.kernels import BackendError, boxes, dispatch, evidence, machine, plans, why_reference
 from cassetta.kernels.evidence import Record
 from cassetta.layers import Conv, ConvBlock
-from cassetta.measure import rows, timing
+from cassetta.measure import agreement, cases, checking, roofs, rows, timing
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of its own
 GPU = torch.device("cuda", 0)
@@ -201,6 +201,12 @@ def moves(monkeypatch):
         monkeypatch.setattr(kind, "to", standin.moved(kind.to))
 
 
+def wrong(whys):
+    """Those of these reasons that are more than wrong numbers, as are all that no kernel wrote."""
+    numbers = ("is off by", "gives other bits")
+    return [why for why in whys if not any(n in why for n in numbers) or "it fails" in why]
+
+
 def test_tune(moves):
     """What no kernel wrote is wrong, and refused; what is left is timed, and kept."""
     x = image().detach()
@@ -209,14 +215,61 @@ def test_tune(moves):
     assert row.choice in ("reference", "library", "gemm")
     assert row.is_new
     evidence.forget()
-    assert row.key in evidence.table(x.device).records
+    records = evidence.table(x.device).records
+    assert row.key in records
+    assert not wrong(why for one in records.values() for why in one.refused.values())
     assert standin.launched
 
 
-def test_check(moves, capsys):
-    assert cli.main(["check", "--budget", "0.1"]) in (0, 1)
-    assert "comparisons on this GPU" in capsys.readouterr().out
+@pytest.fixture
+def small(monkeypatch):
+    """The case block-5-d1, on a GPU as small as on a CPU."""
+    case = cases.find("block-5-d1")
+    monkeypatch.setitem(cases._CASES, case.name, case._replace(shape=case.small))
+
+
+def test_tune_where_all_is_right(moves, small, monkeypatch, capsys):
+    """By decree: the first plan of every pass is run and timed, and nothing is refused."""
+    tried = plans.candidates
+    monkeypatch.setattr(plans, "candidates", lambda *what: tried(*what)[:1])
+    monkeypatch.setattr(agreement, "judge", lambda *args, **options: None)
+    assert cli.main(["tune", "--case", "block-5-d1"]) == 0
+    out = capsys.readouterr().out
+    assert "s went, of " in out
+    for name in ("check", "first run", "timing"):
+        assert name in out
+    records = evidence.table(GPU).records
+    assert {"library", "gemm"} <= {engine for one in records.values() for engine in one.ms}
+    assert not [one.refused for one in records.values() if one.refused]
+
+
+def test_check(moves, monkeypatch, capsys):
+    """One comparison of each kind: what no kernel wrote is wrong, and nothing else is."""
+    kinds = {}
+    for one in checking.comparisons(GPU):
+        is_network = one.part == "networks"
+        kinds.setdefault(one.case.split(", ")[-1] if is_network else one.what, one)
+    assert {"library", "gemm", "conv_transposed", *agreement.PASSES} < kinds.keys()
+    found = {name: one.run() for name, one in kinds.items()}
+    assert not wrong(why for why in found.values() if why)
     assert standin.launched
+    monkeypatch.setattr(checking, "comparisons", lambda device: [kinds["moments"]])
+    assert cli.main(["check"]) in (0, 1)
+    assert "1 comparisons on this GPU" in capsys.readouterr().out
+
+
+def test_bench(moves, monkeypatch, tmp_path, capsys):
+    """What no kernel wrote is wrong; nothing else is, and who is right is timed."""
+    monkeypatch.setattr(roofs, "roofs", lambda device, dtype: roofs.Roofs(1e10, 1e11))
+    line = ["bench", "--case", "block-5-d1", "passes-32", "--mode", "eager", "--dtype", "fp32"]
+    line += ["--pass", "step", "--layout", "first", "--small"]
+    assert cli.main([*line, "--out", str(tmp_path)]) == 0
+    assert "s went, of 500 s" in capsys.readouterr().out
+    found = rows.read(tmp_path.glob("*/*.csv"))
+    assert {row["engine"] for row in found} > {"library", "reference", "copy"}
+    assert {row["case"] for row in found} == {"block-5-d1 (small)", "passes-32 (small)"}
+    assert not wrong(row["error"] for row in found if row["error"])
+    assert all(row["error"] or float(row["ms"]) > 0 for row in found)
 
 
 def test_what_is_timed():

@@ -14,6 +14,7 @@ Result cuInit(unsigned flags) { return 0; }
 Result cuDriverGetVersion(int *version) { return *version = 12080, 0; }
 Result cuGetErrorString(Result code, const char **words) { return *words = "none", 0; }
 Result cuCtxGetCurrent(void **context) { return *context = (void *)1, 0; }
+Result cuCtxGetDevice(int *device) { return *device = 0, 0; }
 Result cuCtxSetCurrent(void *context) { return 0; }
 Result cuCtxGetLimit(size_t *value, int limit) { return *value = 1 << 20, 0; }
 Result cuCtxSetLimit(int limit, size_t value) { return 0; }
@@ -40,6 +41,7 @@ Result cuOccupancyMaxActiveClusters(int *count, void *function, const void *conf
 Result cuPointerGetAttribute(void *data, int attribute, uint64_t pointer) {
   return *(uint64_t *)data = pointer, 0;
 }
+Result cuStreamIsCapturing(void *stream, int *status) { return *status = 0, 0; }
 Result cuTensorMapEncodeTiled(void *map, ...) { return maps++, 0; }
 Result cuLaunchKernelEx(const void *config, void *function, void **arguments, void **extra) {
   return launches++, 0;

@@ -121,6 +121,7 @@ def _install():
     cuda._get_device_properties = _properties
     cuda.Event = Event
     cuda.current_stream = lambda device=None: None
+    cuda.is_current_stream_capturing = lambda: False
     cuda.get_rng_state = lambda device=None: torch.zeros(16, dtype=torch.uint8)
     cuda.set_rng_state = lambda state, device=None: None
     cuda.manual_seed_all = lambda seed: None
