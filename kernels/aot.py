@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,9 +60,8 @@ PRODUCTS = {
     90: (torch.float32, torch.float16, torch.bfloat16),
     100: (torch.float32, torch.bfloat16),
 }  # fmt: skip
-"""For these everything is compiled, and convolutions in these types: two of 16 bits differ by their
-conversions alone. The instructions of the others are those of sm_80: a part tells whether they
-spill, or need more shared memory than there is."""
+"""Convolutions of a part: two types of 16 bits differ by their conversions alone, and what is not
+named here has the instructions of sm_80."""
 
 _TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8",
@@ -110,16 +109,24 @@ def recorded(arch: int, case: str, reports: list[Report]) -> Iterator[None]:
         tile.launch = launch
 
 
-def check(arch: int) -> Iterator[Report]:
-    """Compile every pass with every activation; dtypes, layouts and what may be absent in turn.
+def check(arch: int, part: bool = False) -> Iterator[Report]:
+    """Compile every pass with every activation, convolutions by every plan, all in every dtype.
 
-    An activation meets another dtype on each architecture of `PRODUCTS`. For those that are not in
-    it: the heaviest activations, and convolutions in float16.
+    Layouts, channels and what may be absent come in turn. Of a part, an activation meets another
+    dtype on each architecture of `PRODUCTS`; for those that are not in it, the heaviest activations
+    and convolutions in float16 are compiled.
     """
-    turn = [*PRODUCTS].index(arch) if arch in PRODUCTS else 0
-    pairs = [*enumerate(_pairs(turn), turn * len(activations.NAMES))]
-    if arch not in PRODUCTS:
-        pairs = [pair for pair in pairs if pair[1][1] in _HEAVIEST]
+    dtypes = configs.dtypes()
+    turns: Sequence[int] = range(len(dtypes))
+    if part:
+        turns = [[*PRODUCTS].index(arch) if arch in PRODUCTS else 0]
+        dtypes = PRODUCTS.get(arch, (torch.float16,))
+    pairs = [
+        pair
+        for turn in turns
+        for pair in enumerate(_pairs(turn), turn * len(activations.NAMES))
+        if not part or arch in PRODUCTS or pair[1][1] in _HEAVIEST
+    ]
     for n, (dtype, activation, kind) in pairs:
         reports: list[Report] = []
         case = f"{str(dtype).removeprefix('torch.')} {activation} {kind}"
@@ -132,7 +139,7 @@ def check(arch: int) -> Iterator[Report]:
                 _run_norms(dtype)
         yield from reports
     for n, dtype in enumerate(configs.dtypes()):
-        if dtype in PRODUCTS.get(arch, (torch.float16,)):
+        if dtype in dtypes:
             yield from _check_convolutions(arch, dtype, n)
 
 

@@ -179,7 +179,7 @@ def test_a_fault_is_the_exit_code(fault, code):
 from cassetta.cli import main
 from cassetta.kernels import aot
 good = aot.Report("k", "c", 90, 32, 0, 1000, "mma")
-aot.check = lambda arch: [good, good._replace(**{fault})]
+aot.check = lambda arch, part: [good, good._replace(**{fault})]
 print(main(["compile-check", "--arch", "sm_90"]))
 """)
     assert out.splitlines()[-1] == str(code)

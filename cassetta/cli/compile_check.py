@@ -19,6 +19,7 @@ ARCHITECTURES = {f"sm_{arch}": arch for arch in (80, 86, 89, 90, 100, 120)}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", choices=[*ARCHITECTURES, "all"], default="all", help="[all]")
+    parser.add_argument("--part", action="store_true", help="dtypes in turn: a third of the time")
     parser.add_argument("--verbose", action="store_true", help="a row for every case")
 
 
@@ -32,7 +33,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(f"triton cannot be imported ({error}): install it, on Linux") from error
     start = time.perf_counter()
     names = ARCHITECTURES if arguments.arch == "all" else [arguments.arch]
-    reports = [report for name in names for report in aot.check(ARCHITECTURES[name])]
+    reports = [
+        report for name in names for report in aot.check(ARCHITECTURES[name], arguments.part)
+    ]
     console = Console(soft_wrap=True)
     table = Table(box=None, pad_edge=False)
     for name in ("kernel", "case", "arch"):
