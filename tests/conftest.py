@@ -9,6 +9,7 @@ fixture `kernels` asks again.
 
 import dataclasses
 import importlib.util
+import inspect
 import itertools
 import os
 
@@ -110,11 +111,18 @@ def kernels(monkeypatch):
     """The device on which kernels run in this test: a GPU, or the CPU, interpreted or simulated.
 
     What `torch.empty` and the like return holds NaN, so that an element that nobody writes is seen.
+    Simulated, what is copied ahead has its address inside a tensor even if it is not used, and no
+    register is set that a product may still read.
     """
     if not HAS_TRITON:
         pytest.skip("triton is not installed")
     if DEVICE == "cpu":
         monkeypatch.setenv(dispatch.INTERPRET, "1")
+    if RUNNER == "simulator":
+        import ptxsim
+
+        monkeypatch.setattr(ptxsim.Options, "copies", True)
+        monkeypatch.setattr(ptxsim.Options, "factors", True)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
@@ -133,6 +141,18 @@ def large_tiles():
     """The interpreter takes its time per step, whatever its size, and no GPU has to hold it."""
     large = plans.Plan(2**16), plans.GemmPlan(4096, 128, 128), plans.WgradPlan(512, 128, 2048)
     return plans.use_plan(*(large if RUNNER == "interpreter" else ()))
+
+
+def why_not_boxes():
+    """Why tiles cannot be boxes here, as a sentence; "" if they can."""
+    if RUNNER != "interpreter":
+        return ""
+    from triton.runtime import interpreter
+
+    # triton 3.4's wants strides of 16 elements, where GPUs want 16 bytes
+    if "itemsize" in inspect.getsource(interpreter.TensorDescHandle.validate):
+        return ""
+    return "this interpreter takes the strides of boxes for bytes"
 
 
 def _poisoned(make):

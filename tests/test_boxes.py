@@ -1,12 +1,11 @@
 """Convolutions whose tiles are boxes, as newer GPUs copy them: as right as those that gather."""
 
-import inspect
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import RUNNER
+from conftest import why_not_boxes
 from test_convolutions import CASES, assert_as_good_as_torch, problem
 
 from cassetta.kernels import (
@@ -29,11 +28,8 @@ UNIT = Geometry((1,), ((1, 1),), (1,))
 
 @pytest.fixture(autouse=True)
 def _describable(request):
-    """Triton 3.4's interpreter wants strides of 16 elements, where GPUs want 16 bytes."""
-    if RUNNER == "interpreter" and "kernels" in request.fixturenames:
-        interpreter = pytest.importorskip("triton.runtime.interpreter")
-        if "itemsize" not in inspect.getsource(interpreter.TensorDescHandle.validate):
-            pytest.skip("this interpreter takes the strides of boxes for bytes")
+    if "kernels" in request.fixturenames and (why := why_not_boxes()):
+        pytest.skip(why)
 
 
 @pytest.fixture

@@ -125,7 +125,10 @@ def test_coefficients_and_values_are_inverse(interpolation):
     """Upstream's reads an attribute that it never sets."""
     inp = image(1, 2, 8, 9)
     coefficients = ValueToCoeff(interpolation, "dct2")(inp)
-    assert_near(CoeffToValue(interpolation, "dct2")(coefficients), inp)
+    # torch-interpol is compiled by older torch, which makes float32 of the numbers in its formulas
+    compiled = isinstance(interpol.coeff.get_poles, torch.jit.ScriptFunction)
+    tolerance = 2**-24 if compiled else 1e-10
+    assert_near(CoeffToValue(interpolation, "dct2")(coefficients), inp, tolerance)
 
 
 @pytest.mark.parametrize("anchor", ["edge", "center", "first"])

@@ -172,9 +172,8 @@ def test_steps_of_networks_lie_as_compilers_are_told(make, kind, engine):
 )
 def test_inductor_finds_results_where_it_was_told(make, run, request):
     """Its code asserts the strides of what an operator returns."""
-    if run == "triton":
-        request.getfixturevalue("kernels")
-    net, x = make(), LAYOUTS["crop of last"](torch.randn(1, 8, 8, 8))
+    device = request.getfixturevalue("kernels") if run == "triton" else torch.device("cpu")
+    net, x = make().to(device), LAYOUTS["crop of last"](torch.randn(1, 8, 8, 8, device=device))
     torch._dynamo.reset()
     options = {"fx_graph_cache": False, "compile_threads": 1}
     fused = dispatch.fused_on_reference() if run == "reference" else contextlib.nullcontext()

@@ -2,7 +2,8 @@
 
 Where the interpreter runs Python, this runs what Triton made of it: layouts of registers and shared
 memory, software pipelines, tensor cores, bfloat16, TF32 and, on sm_90, TMA. An access out of
-bounds, a race in shared memory or an instruction that runs too early raises, whatever the result.
+bounds (also of what is copied ahead and not used), a race in shared memory, a register that is set
+while a product may read it, or an instruction that runs too early raises, whatever the result.
 """
 
 import re
@@ -23,7 +24,7 @@ from cassetta.kernels import activations, conv_fprop, dispatch, layout, plans, p
 from cassetta.kernels.types import NOTHING, Activation, Geometry, Pooling, Prologue
 
 pytestmark = pytest.mark.simulated
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 PRECISIONS = {"float32": F32, "float16": F16, "bfloat16": BF16, "tf32": F32}
 LAYOUTS = ["first", "last", "words"]
 
@@ -88,6 +89,8 @@ CONVOLUTIONS = [
     ("first layer", "bfloat16", "first", True, "elu"),
     ("three channels, five taps", "bfloat16", "last", False, "relu"),
     ("halved, odd sizes", "bfloat16", "words", True, "silu"),
+    ("halved, odd sizes", "float16", "last", False, "relu"),
+    ("halved", "tf32", "first", True, "silu"),
     ("more channels than a tile", "tf32", "first", False, "leaky_relu"),
     ("a single voxel", "tf32", "last", True, "relu"),
     ("meshnet 21, dilation 2", "tf32", "words", True, "silu"),
@@ -102,9 +105,6 @@ def test_convolutions_and_their_gradients(name, how, kind, pending, activation, 
 
 
 def assert_right(name, how, device, kind="first", pending=False, activation="relu"):
-    """Besides: what is copied ahead, or not, has its address inside the tensor; and no register
-    that a product may still read is set anew."""
-    ptxsim.Options.copies = ptxsim.Options.factors = True
     q = test_convolutions.problem(name, PRECISIONS[how], device, pending, activation)
     for key in ("x", "x2", "g", "r", "coarse"):
         q[key] = laid_out(q[key], kind)
@@ -179,14 +179,11 @@ def test_gradients_of_weights_do_not_race(how, kernels, hopper):
         (21, False, True),
     ],
 )
-def test_no_product_reads_registers_that_are_set_anew(
-    channels, pending, boxed, kernels, hopper, options
-):
+def test_no_product_reads_registers_that_are_set_anew(channels, pending, boxed, kernels, hopper):
     """An operand of wgmma that is computed, and not copied, comes from shared memory.
 
     Triton would feed it from registers, which the next step sets too early (triton#9433).
     """
-    options.factors = True
     x = laid_out(torch.randn(1, channels, 200).to(kernels, BF16), "words")
     taps = 1 if pending else 3
     w = torch.randn(channels, channels, taps).to(kernels, BF16)
@@ -202,6 +199,24 @@ def test_no_product_reads_registers_that_are_set_anew(
         x.double(), test_convolutions.double(p), w.double(), None, geometry
     )
     assert (y.double() - truth[0]).abs().max() <= 2**-7 * truth[0].abs().max()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(F32, "first"), (BF16, "last"), (F16, "words")], ids=str
+)
+def test_two_images_become_one(dtype, kind, kernels):
+    x, x2 = (laid_out(torch.randn(2, c, 5, 6, 7, device=kernels).to(dtype), kind) for c in (21, 8))
+    p, p2 = (
+        Prologue(*torch.rand(2, 2, c).to(kernels), Activation("silu"), None, None, None)
+        for c in (21, 8)
+    )
+    ours = dispatch.passes(x).concatenate(x, p, x2, p2, dtype)
+    truth = reference.concatenate(
+        x.double(), test_convolutions.double(p), x2.double(), test_convolutions.double(p2), F64
+    )
+    # two roundings of values below 4 to the dtype, or those of a formula in float32
+    atol = max(2 * torch.finfo(dtype).eps, 1e-6) * truth.abs().max().item()
+    torch.testing.assert_close(ours.double(), truth, rtol=0, atol=atol)
 
 
 POOLS = [
