@@ -1,4 +1,4 @@
-"""The GPUs of this machine: the only queries of CUDA in this package, made once per GPU.
+"""The GPUs of this machine: the only queries of what a GPU is, made once for each.
 
 CUDA is queried where an image lies on a GPU, or where a command reports on the machine, as
 `cassetta doctor` does; never at import, and never for work on the CPU. A query starts CUDA, which
