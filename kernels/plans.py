@@ -70,9 +70,10 @@ class WgradPlan(NamedTuple):
 _BESIDE = 2048
 """Bytes of shared memory beside operands: barriers, and what sums pass through."""
 
-PLANS = (Plan(), Plan(1024, 4), Plan(1024, 8), Plan(4096, 16))
+PLANS = (Plan(), Plan(1024, 4), Plan(1024, 8), Plan(2048, 16))
 """The first by rule, all to be tried by the tuner. 8 elements for a thread, a 16-byte access in 16
-bits, or 4; 16 made the compiler for sm_100 spill."""
+bits, or 4; 16 made the compiler for sm_100 spill, and 8 of 16 warps, to which it gives 64
+registers, that for sm_90 (sums of PReLU)."""
 
 GEMM_PLANS = (
     GemmPlan(), GemmPlan(128, 64, 64), GemmPlan(128, 128, 32, 4), GemmPlan(64, 64, 64, 4),
