@@ -214,7 +214,7 @@ def test_two_images_become_one(dtype, kind, kernels):
     truth = reference.concatenate(
         x.double(), test_convolutions.double(p), x2.double(), test_convolutions.double(p2), F64
     )
-    # two roundings of values below 4 to the dtype, or those of a formula in float32
+    # on the scale of the largest value: two roundings to the dtype, or those of float32
     atol = max(2 * torch.finfo(dtype).eps, 1e-6) * truth.abs().max().item()
     torch.testing.assert_close(ours.double(), truth, rtol=0, atol=atol)
 

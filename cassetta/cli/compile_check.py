@@ -19,7 +19,9 @@ ARCHITECTURES = {f"sm_{arch}": arch for arch in (80, 86, 89, 90, 100, 120)}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", choices=[*ARCHITECTURES, "all"], default="all", help="[all]")
-    parser.add_argument("--part", action="store_true", help="dtypes in turn: a third of the time")
+    parser.add_argument(
+        "--part", action="store_true", help="dtypes in turn: a third of the compilations"
+    )
     parser.add_argument("--verbose", action="store_true", help="a row for every case")
 
 

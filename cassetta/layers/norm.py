@@ -139,7 +139,7 @@ class InstanceNorm(_InstanceNorm):
     def forward(self, inp: Tensor) -> Tensor:
         """(B, channels, *size) -> (B, channels, *size)"""
         self._check_input_dim(inp)
-        return F.instance_norm(
+        return F.instance_norm(  # (torch 2.8 does not export `_apply_instance_norm`)
             inp, self.running_mean, self.running_var, self.weight, self.bias,
             self.training or not self.track_running_stats, self.momentum or 0.0, self.eps,
         )  # fmt: skip

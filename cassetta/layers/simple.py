@@ -131,7 +131,7 @@ class Stack(nn.Sequential):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return nn.Sequential(*list(self)[index])
-        return self._modules[list(self._modules)[index]]
+        return self._modules[list(self._modules)[index]]  # (torch 2.8 does not export its own)
 
     def __iter__(self) -> Iterator[Any]:
         return super().__iter__()
