@@ -1,4 +1,4 @@
-"""Buffers of asynchronous products: whether a compiled loop has as many as its pipeline needs.
+"""Operands of asynchronous products: whether a compiled loop overwrites what may still be read.
 
 Newer tensor cores (sm_90's `wgmma`, sm_100's `tcgen05`) read their operands from memory of the
 program after the instruction that starts them, until something has waited for them. The software
@@ -16,6 +16,10 @@ overwrites, now and then, what is being multiplied.
 Nothing of this is assumed. The loop of the TTGIR, Triton's last text before it assigns registers,
 is walked through until its pipeline is full, and what is taken is counted. Indices are not
 computed: steps use the buffers of a ring in turn.
+
+On sm_90 the first operand may also come from registers. Those have no ring: whether they are set
+anew too early is for ptxas to see, and before CUDA 13.3 it does not always (triton#9433, #11781).
+So no asynchronous product may have an operand there.
 """
 
 import re
@@ -36,10 +40,12 @@ class Shortage(NamedTuple):
     """An operand that is overwritten while it may still be read."""
 
     operand: str  # its name in the kernel, or nearly
-    buffers: int
+    buffers: int  # 0: it is in registers
     needed: int
 
     def __str__(self) -> str:
+        if not self.buffers:
+            return f"operand {self.operand} is in registers, which may change while they are read"
         few = f"{self.buffers} buffer{'s' * (self.buffers > 1)}"
         return f"operand {self.operand} has {few}, and its asynchronous product needs {self.needed}"
 
@@ -56,9 +62,12 @@ def shortages(ttgir: str) -> list[Shortage]:
         return []
     walk = walked(ttgir)
     return [
-        Shortage(name, walk.buffers.get(name, 1), walk.needed[name])
-        for name in sorted(walk.operands)
-        if walk.needed[name] > walk.buffers.get(name, 1)
+        *(Shortage(name, 0, 1) for name in sorted(walk.registers)),
+        *(
+            Shortage(name, walk.buffers.get(name, 1), walk.needed[name])
+            for name in sorted(walk.operands)
+            if walk.needed[name] > walk.buffers.get(name, 1)
+        ),
     ]
 
 
@@ -81,6 +90,7 @@ class _Walk:
         self.places: dict[str, tuple[str, str, int]] = {}  # of values that are memory
         self.buffers: dict[str, int] = {}  # of allocations that are rings
         self.operands: set[str] = set()
+        self.registers: set[str] = set()  # operands that are no memory
         self.needed: Counter[str] = Counter()
         self._written: Counter[str] = Counter()
         self._finished: Counter[str] = Counter()
@@ -133,7 +143,7 @@ class _Walk:
         elif _WRITES.fullmatch(name) and memory:
             self._write(memory[0][0])
         elif name in ("warp_group_dot", "tc_gen5_mma"):
-            self._start(given, rest)
+            self._start(name, given, rest)
         elif name == "warp_group_dot_wait":
             (pendings,) = re.findall(r"pendings = (\d+)", rest)
             self._finish(len(self._running) - int(pendings))
@@ -146,13 +156,15 @@ class _Walk:
         taken = self._written[allocation] - self._finished[allocation]
         self.needed[allocation] = max(self.needed[allocation], taken)
 
-    def _start(self, given: list[str], rest: str) -> None:
+    def _start(self, name: str, given: list[str], rest: str) -> None:
         read = {self.places[value] for value in given[:2] if value in self.places}
         barriers = [self.places[value][0] for value in given[3:] if value in self.places]
         barrier = barriers[0] if barriers else ""
         self._running.append((read, barrier))
         if barrier or re.search(r"isAsync = true|is_async", rest):
             self.operands |= {allocation for allocation, *_ in read}
+            if name == "warp_group_dot" and rest.rpartition(" : ")[2].startswith("tensor"):
+                self.registers.add(given[0])
         else:
             self._finish(len(self._running))
 

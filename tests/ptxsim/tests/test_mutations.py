@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 import triton
-from two_readers import two_readers_kernel
+from hazards import product_kernel
 
 import ptxsim
 from ptxsim import driver
@@ -87,17 +87,22 @@ def test_a_wrong_mask(monkeypatch):
             "mov.u32 \t%r1, %ctaid.x", "mov.u32 \t%r1, 7").replace("%ctaid.x", "7"))  # fmt: skip
 
 
-@pytest.mark.parametrize("reads_twice", [False, True])
-def test_what_triton_3_6_gets_wrong(reads_twice, hopper):
-    """An operand of wgmma that is also summed has a buffer too few: it is overwritten in flight."""
+@pytest.mark.parametrize(
+    ("what", "why"), [(None, None), ("SUM", "may still read"), ("HALVE", "read the registers")]
+)
+def test_what_triton_3_6_gets_wrong(what, why, hopper, monkeypatch):
+    """An operand of wgmma that is also summed has a buffer too few: it is overwritten in flight; so
+    are the registers of one that is changed."""
+    monkeypatch.setattr(ptxsim.Options, "factors", True)
     a, b = torch.randn(64, 160).bfloat16(), torch.randn(160, 64).bfloat16()
     c, s = torch.empty(64, 64), torch.empty(64)
-    kernel = triton.JITFunction(two_readers_kernel.fn)
-    if not reads_twice:
-        kernel[(1,)](a, b, c, s, 160, SUM=False, STAGES=3)
+    kernel = triton.JITFunction(product_kernel.fn)
+    fixed = {"SUM": what == "SUM", "HALVE": what == "HALVE", "STAGES": 3}
+    if what is None:
+        kernel[(1,)](a, b, c, s, 160, **fixed)
         torch.testing.assert_close(c.double(), a.double() @ b.double(), rtol=1e-4, atol=1e-4)
     elif triton.__version__.startswith("3.6"):
-        with pytest.raises(ptxsim.RaceError, match="may still read"):
-            kernel[(1,)](a, b, c, s, 160, SUM=True, STAGES=3)
+        with pytest.raises(ptxsim.RaceError, match=why):
+            kernel[(1,)](a, b, c, s, 160, **fixed)
     else:
         pytest.skip("this is known of triton 3.6")
