@@ -4,6 +4,7 @@ In a process of its own, since it changes torch for good; its tests are `nulldri
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,30 +35,37 @@ def driver(tmp_path_factory):
     library, source = folder / "libcuda.so.1", HERE / "libcuda.c"
     subprocess.run(["cc", *shared, library, named, source], check=True)
     (folder / "libcuda.so").symlink_to(library)  # by which triton's launcher is linked
-    include, linked = f"-I{TORCH / 'include'}", [f"-L{TORCH / 'lib'}", "-lc10"]
+    include, lib = f"-I{TORCH / 'include'}", TORCH / "lib"
+    linked = [f"-L{lib}", f"-Wl,-rpath,{lib}", "-ltorch_cpu", "-lc10"]
     guard = ["-std=c++20", include, HERE / "guard.cpp", *linked]
     subprocess.run(["c++", *shared, folder / "guard.so", *guard], check=True)
     return folder
 
 
-@pytest.mark.parametrize("part", ["compiled or exported", "not (compiled or exported)"])
-def test_a_machine_with_gpus(driver, part):
-    """All of `gpu_tests`, of which each tries one way into the package."""
+def run(driver, *words):
+    """A pytest on the stand-in, which must end well."""
     path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     env |= {"PYTHONPATH": path, "TRITON_LIBCUDA_PATH": str(driver)}
-    line = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "standin",
-        str(HERE / "gpu_tests.py"),
-        "-q",
-        "-k",
-        part,
-    ]
-    line += ["-p", "no:cacheprovider", "--show-capture=no", "--tb=short", "--durations=8"]
+    line = [sys.executable, "-m", "pytest", "-p", "standin", *words, "-q", "-p", "no:cacheprovider"]
+    line += ["--show-capture=no", "--tb=short", "--durations=8"]
     done = subprocess.run(line, cwd=HERE.parents[1], env=env, capture_output=True, text=True)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("part", ["compiled or exported", "not (compiled or exported)"])
+def test_a_machine_with_gpus(driver, part):
+    """All of `gpu_tests`, of which each tries one way into the package."""
+    run(driver, str(HERE / "gpu_tests.py"), "-k", part)
+
+
+@pytest.mark.parametrize("part", ["compiled", "not compiled"])
+def test_rehearsal(driver, part):
+    """The tests of a GPU, before there is one: with the results of the reference, none may fail."""
+    words = ["-p", "rehearsal", "tests/test_gpu.py", "-k", part, "-o", "filterwarnings=default"]
+    out = run(driver, *words)
+    passed, skipped = (re.search(rf"(\d+) {word}", out) for word in ("passed", "skipped"))
+    assert passed
+    assert int(passed[1]) > (int(skipped[1]) if skipped else 0)

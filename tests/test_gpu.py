@@ -20,13 +20,21 @@ from compare import assert_near
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 
-NETS = {
-    "meshnet": lambda: (MeshNet(3, 21, nb_layers=4), (1, 21, 40, 41, 42)),
-    "unet": lambda: (UNet(3, 16, nb_levels=3, norm="instance"), (2, 16, 36, 40, 33)),
-    "unet, batch norm": lambda: (UNet(2, 32, nb_levels=3, norm="batch"), (2, 32, 65, 64)),
-    "atrous": lambda: (ATrousNet(3, 8, nb_levels=3), (1, 8, 30, 31, 32)),
-}
+SCALE = 1  # by which images are smaller where there is no GPU
+TIMES, STEPS = 20, 60  # how often something is convolved, and of a training
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def sized(n, c, *size):
+    return n, c, *(length // SCALE for length in size)
+
+
+NETS = {
+    "meshnet": lambda: (MeshNet(3, 21, nb_layers=4), sized(1, 21, 40, 41, 42)),
+    "unet": lambda: (UNet(3, 16, nb_levels=3, norm="instance"), sized(2, 16, 36, 40, 33)),
+    "unet, batch norm": lambda: (UNet(2, 32, nb_levels=3, norm="batch"), sized(2, 32, 65, 64)),
+    "atrous": lambda: (ATrousNet(3, 8, nb_levels=3), sized(1, 8, 30, 31, 32)),
+}
 
 
 def autocast(inp, dtype):
@@ -80,7 +88,7 @@ def test_our_convolutions_give_the_same_bits_every_time(channels, how, kernels):
     """
     dtype = how if isinstance(how, torch.dtype) else torch.float32
     geometry = Geometry((1,) * 3, ((1, 1),) * 3, (1,) * 3)
-    image = lambda: layout.empty((2, channels, 40, 41, 42), dtype, kernels).normal_()  # noqa: E731
+    image = lambda: layout.empty(sized(2, channels, 40, 41, 42), dtype, kernels).normal_()  # noqa: E731
     x, g = image(), image()
     w = (torch.randn(channels, channels, 3, 3, 3, device=kernels) / channels).to(dtype)
     passes = dispatch.passes(x)
@@ -92,7 +100,7 @@ def test_our_convolutions_give_the_same_bits_every_time(channels, how, kernels):
 
     with precision.use(how if isinstance(how, str) else "ieee"):
         first = run(passes, x, w, g)
-        for _ in range(20):
+        for _ in range(TIMES):
             for one, other in zip(run(passes, x, w, g), first, strict=True):
                 assert torch.equal(one, other)
     truth = run(reference, x.double(), w.double(), g.double())
@@ -118,7 +126,7 @@ def test_a_step_is_as_good_as_eager(name, dtype, order, kernels, engine):
 def test_compiled_as_a_whole(name, chosen, kernels):
     """By what the backend chooses, too: nobody asks the machine for it in a trace."""
     net, shape = NETS[name]()
-    net, inp = net.to(kernels), torch.randn(4, *shape[1:-1], 48, device=kernels)
+    net, inp = net.to(kernels), torch.randn(4, *shape[1:-1], 48 // SCALE, device=kernels)
     auto = chosen == "auto"
     forced = dispatch.use_backend("auto") if auto else dispatch.use_engine(chosen)
     with forced:
@@ -181,7 +189,7 @@ def test_training_converges_alike(name, dtype, kernels, engine):
         optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
         scaler = torch.amp.GradScaler(kernels.type, enabled=dtype is torch.float16)
         with dispatch.use_backend(backend):
-            for _ in range(60):
+            for _ in range(STEPS):
                 optimizer.zero_grad()
                 with autocast(inp, dtype):
                     loss = (net(inp).float() - target).square().mean()

@@ -62,7 +62,7 @@ def test_without_an_end_everything_is_begun(clock):
 
 
 def test_the_table_accounts_for_every_second(clock):
-    budget = Budget(60)
+    budget = Budget(59.996)  # what is left of 60
     with budget.spending("check", "gemm"):
         clock.passes(2)
     with budget.spending("check"):

@@ -107,6 +107,7 @@ def test_a_chain_by_hand():
     assert image.grad is None
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")  # torch 2.11
 def test_the_allocator_agrees_where_operations_need_no_workspace():
     net = nn.Sequential(*[layer for _ in range(4) for layer in (nn.PReLU(8), nn.GroupNorm(2, 8))])
     inp = torch.randn(4, 8, 5000)

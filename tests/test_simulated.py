@@ -20,7 +20,16 @@ import test_resize
 from conftest import RUNNER
 from ptxsim import driver
 
-from cassetta.kernels import activations, conv_fprop, dispatch, layout, plans, precision, reference
+from cassetta.kernels import (
+    activations,
+    conv_fprop,
+    dispatch,
+    layout,
+    ops,
+    plans,
+    precision,
+    reference,
+)
 from cassetta.kernels.types import NOTHING, Activation, Geometry, Pooling, Prologue
 
 pytestmark = pytest.mark.simulated
@@ -35,6 +44,24 @@ def options(monkeypatch):
     for name in ("worst", "races", "factors", "copies"):
         monkeypatch.setattr(ptxsim.Options, name, getattr(ptxsim.Options, name))
     return ptxsim.Options
+
+
+@pytest.fixture(autouse=True, scope="module")
+def ran():
+    """The names of the passes that have run in this file."""
+    found, passes = set(), vars(dispatch._triton_passes())
+    before = {**passes}
+
+    def noted(name):
+        def run(*args, **kwargs):
+            found.add(name)
+            return before[name](*args, **kwargs)
+
+        return run
+
+    passes |= {name: noted(name) for name in passes}
+    yield found
+    passes |= before
 
 
 @pytest.fixture
@@ -77,6 +104,12 @@ def test_approximations_may_be_as_far_off_as_the_isa_allows(activation, kernels,
     options.worst = True
     passes = dispatch.passes(torch.empty(1, device=kernels))
     test_passes.assert_right_at_special_points(passes, activation, kernels)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize("name", activations.BY_RESULT)
+def test_gradients_by_result(name, dtype, kernels):
+    test_passes.test_gradients_by_result(name, dtype, kernels)
 
 
 CONVOLUTIONS = [
@@ -325,3 +358,13 @@ def test_kernels_run_in_the_simulator(kernels, options, monkeypatch):
     dispatch.passes(x).materialize(x, Prologue(), None, F32)
     assert RUNNER == "simulator"
     assert [name for name, *_ in options.log] == ["_materialize_kernel"]
+
+
+def test_every_pass_has_run(ran, request):
+    """If no test of this file was left out."""
+    here = {one.originalname for one in request.session.items if one.module.__name__ == __name__}
+    if {
+        name for name in globals() if name.startswith("test_") and callable(globals()[name])
+    } - here:
+        pytest.skip("a part of the tests was chosen")
+    assert ran == {*ops.NAMES}

@@ -89,7 +89,7 @@ class Budget:
         """Tabulate where the seconds went: a row per engine, a column per activity."""
         whole = time.monotonic() - self.start
         title = f"where {whole:.0f} s went" + (
-            "" if math.isinf(self.seconds) else f", of {self.seconds:g} s"
+            "" if math.isinf(self.seconds) else f", of {round(self.seconds, 1):g} s"
         )
         table = Table(title=f"\n{title}", title_justify="left", box=None, pad_edge=False)
         whats = list(dict.fromkeys(what for _, what in self.spent))

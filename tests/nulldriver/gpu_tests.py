@@ -194,20 +194,13 @@ def test_a_network_is_exported(strict):
     assert "capability" not in graph
 
 
-@pytest.fixture
-def moves(monkeypatch):
-    """Modules and tensors that are sent to a GPU stay where they are."""
-    for kind in (torch.Tensor, nn.Module):
-        monkeypatch.setattr(kind, "to", standin.moved(kind.to))
-
-
 def wrong(whys):
     """Those of these reasons that are more than wrong numbers, as are all that no kernel wrote."""
     numbers = ("is off by", "gives other bits")
     return [why for why in whys if not any(n in why for n in numbers) or "it fails" in why]
 
 
-def test_tune(moves):
+def test_tune():
     """What no kernel wrote is wrong, and refused; what is left is timed, and kept."""
     x = image().detach()
     with torch.no_grad():
@@ -228,7 +221,7 @@ def small(monkeypatch):
     monkeypatch.setitem(cases._CASES, case.name, case._replace(shape=case.small))
 
 
-def test_tune_where_all_is_right(moves, small, monkeypatch, capsys):
+def test_tune_where_all_is_right(small, monkeypatch, capsys):
     """By decree: the first plan of every pass is run and timed, and nothing is refused."""
     tried = plans.candidates
     monkeypatch.setattr(plans, "candidates", lambda *what: tried(*what)[:1])
@@ -243,7 +236,7 @@ def test_tune_where_all_is_right(moves, small, monkeypatch, capsys):
     assert not [one.refused for one in records.values() if one.refused]
 
 
-def test_check(moves, monkeypatch, capsys):
+def test_check(monkeypatch, capsys):
     """One comparison of each kind: what no kernel wrote is wrong, and nothing else is."""
     kinds = {}
     for one in checking.comparisons(GPU):
@@ -258,7 +251,7 @@ def test_check(moves, monkeypatch, capsys):
     assert "1 comparisons on this GPU" in capsys.readouterr().out
 
 
-def test_bench(moves, monkeypatch, tmp_path, capsys):
+def test_bench(monkeypatch, tmp_path, capsys):
     """What no kernel wrote is wrong; nothing else is, and who is right is timed."""
     monkeypatch.setattr(roofs, "roofs", lambda device, dtype: roofs.Roofs(1e10, 1e11))
     line = ["bench", "--case", "block-5-d1", "passes-32", "--mode", "eager", "--dtype", "fp32"]

@@ -1,11 +1,12 @@
 // What torch's C++ asks of a device before it traces or differentiates tensors that are fake, and
-// on a GPU: which one is current. A torch built for the CPU has no answer, and one built for CUDA
-// would ask the driver.
+// on a GPU: whether there is one, and which one is current. A torch built for the CPU has no answer,
+// and one built for CUDA would ask the driver. Loaded before torch, which looks for hooks once.
+#include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
-using c10::Device, c10::DeviceType, c10::Stream;
+using c10::Device, c10::DeviceIndex, c10::DeviceType, c10::Stream;
 
-struct Null final : c10::impl::DeviceGuardImplInterface {
+struct NullGuard final : c10::impl::DeviceGuardImplInterface {
   static Device first() { return Device(DeviceType::CUDA, 0); }
   DeviceType type() const override { return DeviceType::CUDA; }
   Device getDevice() const override { return first(); }
@@ -14,8 +15,29 @@ struct Null final : c10::impl::DeviceGuardImplInterface {
   void uncheckedSetDevice(Device) const noexcept override {}
   Stream getStream(Device) const noexcept override { return Stream(Stream::DEFAULT, first()); }
   Stream exchangeStream(Stream) const noexcept override { return Stream(Stream::DEFAULT, first()); }
-  c10::DeviceIndex deviceCount() const noexcept override { return 2; }
+  DeviceIndex deviceCount() const noexcept override { return 2; }
 };
 
-static Null null;
-static c10::impl::DeviceGuardImplRegistrar registrar(DeviceType::CUDA, &null);
+struct NullHooks final : at::CUDAHooksInterface {
+  void init() const override {}
+  bool hasCUDA() const override { return true; }
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  bool hasPrimaryContext(DeviceIndex) const override { return true; }
+  DeviceIndex deviceCount() const override { return 2; }
+  DeviceIndex getCurrentDevice() const override { return 0; }
+  long versionCuDNN() const override { return 99999; } // as new as torch may ask for
+  long versionRuntimeCuDNN() const { return 99999; } // (none in torch 2.8)
+};
+
+static int hooked = [] {
+  auto make = [](at::CUDAHooksArgs) { return std::make_unique<NullHooks>(); };
+  at::CUDAHooksRegistry()->Register("CUDAHooks", make, c10::REGISTRY_PREFERRED);
+  return 0;
+}();
+
+// To be called once torch is there: the last of these guards is the one that counts.
+extern "C" void null_guard() {
+  static NullGuard guard;
+  static c10::impl::DeviceGuardImplRegistrar registrar(DeviceType::CUDA, &guard);
+}

@@ -12,14 +12,16 @@ import ctypes
 import os
 import time
 import types
+import warnings
 from pathlib import Path
-
-import bounds  # noqa: F401  (TorchScript compiles these two, and takes torch as it is)
-import interpol  # noqa: F401
-import torch
 
 FOLDER = Path(os.environ["TRITON_LIBCUDA_PATH"])  # where Triton looks for libcuda, too
 DRIVER = ctypes.CDLL(str(FOLDER / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
+GUARD = ctypes.CDLL(str(FOLDER / "guard.so"))  # before torch
+
+import bounds  # noqa: E402, F401  (TorchScript compiles these two, and takes torch as it is)
+import interpol  # noqa: E402, F401
+import torch  # noqa: E402
 
 capabilities = [(9, 0)]
 """Of the GPUs that the machine has now."""
@@ -87,31 +89,23 @@ class Event:
         return 1000 * (end.time - self.time)
 
 
-def moved(make):
-    """The same function, that makes a tensor on the CPU where it is asked for one on a GPU.
+def _allocated(make):
+    """The same function, that allocates on the CPU, for whatever GPU it is asked."""
 
-    Not a fake tensor: that is where it says.
-    """
+    def allocated(*args, device=None, layout=None, pin_memory=None, **options):
+        return make(
+            *args, device="cpu", **{k: one for k, one in options.items() if one is not None}
+        )
 
-    def made(*args, **kwargs):
-        if torch.compiler.is_dynamo_compiling() or torch._C._get_dispatch_mode(_FAKE) is not None:
-            return make(*args, **kwargs)
-        return make(*map(_here, args), **{name: _here(value) for name, value in kwargs.items()})
-
-    return made
+    return allocated
 
 
-_FAKE = torch._C._TorchDispatchModeKey.FAKE
-
-
-def _here(value):
-    is_device = isinstance(value, torch.device | str)
-    return torch.device("cpu") if is_device and str(value).startswith("cuda") else value
+_ATEN = torch.library.Library("aten", "IMPL")  # as long as the process
 
 
 def _install():
     assert not torch.version.cuda or not _ANSWERS.keys() - {*dir(torch._C)}
-    ctypes.CDLL(str(FOLDER / "guard.so"))
+    GUARD.null_guard()
     for name, answer in _ANSWERS.items():
         setattr(torch._C, name, answer)
     cuda = torch.cuda
@@ -135,9 +129,10 @@ def _install():
     torch.Tensor.device = property(device)
     torch.Tensor.is_cuda = property(lambda x: device(x).type == "cuda")
     torch.Tensor.get_device = lambda x: -1 if device(x).index is None else device(x).index
-    for name in ("arange", "empty", "empty_like", "empty_strided", "full", "linspace", "ones",
-                 "rand", "randn", "tensor", "zeros"):  # fmt: skip
-        setattr(torch, name, moved(getattr(torch, name)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a torch that has its own
+        _ATEN.impl("empty.memory_format", _allocated(torch.empty), "CUDA")
+        _ATEN.impl("empty_strided", _allocated(torch.empty_strided), "CUDA")
 
 
 _install()
