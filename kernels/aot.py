@@ -80,7 +80,7 @@ class Report(NamedTuple):
     spilled: int  # bytes of stack
     shared: int  # bytes
     tensor_cores: str  # the instructions, "" for none
-    shortage: str = ""  # of buffers, in words
+    shortage: str = ""  # of operands that may be overwritten, in words
 
     @property
     def excess(self) -> str | None:
@@ -328,8 +328,8 @@ def _compiled(
     # (triton 3.9 has been seen to reserve a byte that nothing reads or writes)
     if stack and not re.search(r"\b(STL|LDL)\b", _told(built.asm["cubin"], "-sass")):
         stack = 0
-    few = "; ".join(map(str, buffers.shortages(built.asm["ttgir"])))
-    return usage["REG"], stack, built.metadata.shared, found, few
+    unsafe = "; ".join(map(str, buffers.shortages(built.asm["ttgir"])))
+    return usage["REG"], stack, built.metadata.shared, found, unsafe
 
 
 def _usage(cubin: bytes) -> dict[str, int]:

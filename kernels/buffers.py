@@ -40,18 +40,19 @@ class Shortage(NamedTuple):
     """An operand that is overwritten while it may still be read."""
 
     operand: str  # its name in the kernel, or nearly
-    buffers: int  # 0: it is in registers
+    buffers: int | None  # None: it is in registers
     needed: int
 
     def __str__(self) -> str:
-        if not self.buffers:
+        if self.buffers is None:
             return f"operand {self.operand} is in registers, which may change while they are read"
-        few = f"{self.buffers} buffer{'s' * (self.buffers > 1)}"
+        few = f"{self.buffers} buffer{'s' * (self.buffers != 1)}"
         return f"operand {self.operand} has {few}, and its asynchronous product needs {self.needed}"
 
 
 def shortages(ttgir: str) -> list[Shortage]:
-    """List the operands of asynchronous products that have too few buffers, from a kernel's TTGIR.
+    """List operands of asynchronous products that may be overwritten, from a kernel's TTGIR: those
+    that have too few buffers, or are in registers.
 
     Raises
     ------
@@ -62,7 +63,7 @@ def shortages(ttgir: str) -> list[Shortage]:
         return []
     walk = walked(ttgir)
     return [
-        *(Shortage(name, 0, 1) for name in sorted(walk.registers)),
+        *(Shortage(name, None, 1) for name in sorted(walk.registers)),
         *(
             Shortage(name, walk.buffers.get(name, 1), walk.needed[name])
             for name in sorted(walk.operands)

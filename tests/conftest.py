@@ -157,7 +157,7 @@ def _poisoned(make):
     def poisoned(*args, **kwargs):
         out = make(*args, **kwargs)
         if torch.compiler.is_compiling() or type(out) is not torch.Tensor:
-            return out  # of a graph, where inductor takes no such change
+            return out  # of a graph, in which AOTAutograd takes no such change
         return out.fill_(float("nan")) if out.is_floating_point() else out
 
     return poisoned

@@ -7,7 +7,8 @@ import triton.language as tl
 
 @triton.jit
 def product_kernel(a, b, c, s, K, SUM: tl.constexpr, HALVE: tl.constexpr, STAGES: tl.constexpr):
-    """Store a b, or half of it, to c; a is (64, K), b (K, 64). With SUM, sums of b to s (64,)."""
+    """Store the product of a (64, K) and b (K, 64) to c, halved with HALVE; with SUM, the sums of b
+    to s (64,)."""
     m, n, k = tl.arange(0, 64), tl.arange(0, 64), tl.arange(0, 32)
     total, sums = tl.zeros((64, 64), tl.float32), tl.zeros((64,), tl.float32)
     for start in tl.range(0, K, 32, num_stages=STAGES):

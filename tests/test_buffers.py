@@ -10,6 +10,7 @@ from test_aot import convolved, run
 
 from cassetta.kernels import buffers
 
+PATH = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
 KERNEL = """
 import triton
 from triton.backends.compiler import GPUTarget
@@ -35,15 +36,34 @@ for arch in 80, 90, 100:
 def test_what_is_unsafe_on_sm_90():
     """An operand that is also summed gets the buffers of a load that no product reads; one that is
     changed is in registers."""
-    pytest.importorskip("triton")
-    here, others = str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")
-    out = run(KERNEL, PYTHONPATH=os.pathsep.join([here, others]))
+    triton = pytest.importorskip("triton")
+    out = run(KERNEL, PYTHONPATH=PATH)
     rows = [line.split("|") for line in out.splitlines()]
     assert len(rows) == 12
     for arch, stages, is_summed, is_halved, *found in rows:
         few = [str((int(stages) - 1, int(stages)))] * (is_summed == "True")
-        changed = [str((0, 1))] * (is_halved == "True")
-        assert found == (few + changed if arch == "90" else []), (arch, stages)
+        changed = [str((None, 1))] * (is_halved == "True")
+        unsafe = few + changed if arch == "90" else []
+        if [*map(int, triton.__version__.split(".")[:2])] > [3, 9]:  # it may be mended
+            unsafe = found and unsafe
+        assert found == unsafe, (arch, stages)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="triton is for Linux")
+def test_compile_check_reports_it():
+    pytest.importorskip("triton")
+    script, _, _ = KERNEL.partition("for arch in")
+    out = run(f"""{script}
+from cassetta.kernels import aot
+for fixed in (False, False), (True, False), (False, True):
+    constants = dict(zip([(5,), (6,), (7,)], (*fixed, 3)))
+    source = ASTSource(product_kernel, types, constants, aligned)
+    print(aot.Report("k", "c", 90, *aot._compiled(product_kernel, source, {{}}, 90)).excess)
+""", PYTHONPATH=PATH)  # fmt: skip
+    good, summed, halved = out.splitlines()
+    assert good == "None"
+    assert re.fullmatch(r"operand \S+ has 2 buffers, and its asynchronous product needs 3", summed)
+    assert "is in registers" in halved
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="triton is for Linux")
@@ -94,14 +114,14 @@ def loop(ahead, pendings, buffers, copies_first=False, slices=1):
 
 
 @pytest.mark.parametrize("copies_first", [False, True])
-@pytest.mark.parametrize(("ahead", "pendings"), [(2, 0), (1, 1), (2, 1), (3, 1), (2, 2)])
+@pytest.mark.parametrize(("ahead", "pendings"), [(1, 0), (1, 1), (2, 1), (3, 1), (2, 2)])
 def test_the_rule(ahead, pendings, copies_first):
     """As many as are copied ahead and multiplied; one more if the copy comes before the wait."""
     needed = ahead + pendings + copies_first
     assert buffers.shortages(loop(ahead, pendings, needed, copies_first)) == []
     (found,) = buffers.shortages(loop(ahead, pendings, needed - 1, copies_first))
     assert found == ("%y", needed - 1, needed)
-    few = f"operand %y has {needed - 1} buffer{'s' * (needed > 2)}"
+    few = f"operand %y has {needed - 1} buffer{'s' * (needed != 2)}"
     assert str(found) == f"{few}, and its asynchronous product needs {needed}"
 
 
@@ -117,7 +137,7 @@ def test_operands_in_registers_are_reported():
     """Of products that are asynchronous: what comes next may set them anew."""
     text = loop(2, 1, 3).replace(": !ttg.memdesc<32x64xbf16, #s, #smem, mutable> *", ": tensor<> *")
     (found,) = buffers.shortages(text)
-    assert found == ("%x", 0, 1)
+    assert found == ("%x", None, 1)
     few = "operand %x is in registers, which may change while they are read"
     assert str(found) == few
     assert buffers.shortages(text.replace("isAsync = true", "inputPrecision = 0 : i32")) == []

@@ -9,10 +9,10 @@ import torch
 from conftest import large_tiles
 from torch import Tensor, nn
 
-from cassetta.backbones import UNet
+from cassetta.backbones import MeshNet, UNet
 from cassetta.kernels import dispatch, layout, ops
 from cassetta.kernels.types import Activation, Fold, Geometry, Grid, Moments, Pooling, Prologue
-from cassetta.layers import DownInterpol, DownPool, UpInterpol
+from cassetta.layers import Conv, DownInterpol, DownPool, UpInterpol
 
 from compare import AsTold, assert_near
 
@@ -147,6 +147,10 @@ def unet() -> nn.Module:
     return UNet(2, 8, nb_levels=2, norm="instance", unpool_mode="interpolate")
 
 
+def meshnet() -> nn.Module:
+    return nn.Sequential(Conv(2, 8, 5, kernel_size=3), MeshNet(2, 5, nb_layers=3))
+
+
 def step(run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     """What leaves a network, and the gradient of its square."""
     x = x.detach().requires_grad_()
@@ -168,7 +172,8 @@ def test_steps_of_networks_lie_as_compilers_are_told(make, kind, engine):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of what it imports itself
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo
 @pytest.mark.parametrize(
-    ("make", "run"), [(ways, "reference"), (ways, "triton"), (unet, "reference")]
+    ("make", "run"),
+    [(ways, "reference"), (ways, "triton"), (unet, "reference"), (meshnet, "gemm")],
 )
 def test_inductor_finds_results_where_it_was_told(make, run, request):
     """Its code asserts the strides of what an operator returns."""
@@ -176,8 +181,8 @@ def test_inductor_finds_results_where_it_was_told(make, run, request):
     net, x = make().to(device), LAYOUTS["crop of last"](torch.randn(1, 8, 8, 8, device=device))
     torch._dynamo.reset()
     options = {"fx_graph_cache": False, "compile_threads": 1}
-    fused = dispatch.fused_on_reference() if run == "reference" else contextlib.nullcontext()
-    with fused, large_tiles():
+    fused = contextlib.nullcontext() if run == "triton" else dispatch.fused_on_reference()
+    with fused, large_tiles(), dispatch.use_engine("gemm" if run == "gemm" else "library"):
         expected = step(net, x)
         found = step(torch.compile(net, fullgraph=True, options=options), x)
     for one, other in zip(found, expected, strict=True):

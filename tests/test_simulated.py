@@ -30,7 +30,7 @@ from cassetta.kernels import (
     precision,
     reference,
 )
-from cassetta.kernels.types import NOTHING, Activation, Geometry, Pooling, Prologue
+from cassetta.kernels.types import NOTHING, Activation, Geometry, Moments, Pooling, Prologue
 
 pytestmark = pytest.mark.simulated
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -234,9 +234,8 @@ def test_no_product_reads_registers_that_are_set_anew(channels, pending, boxed, 
     assert (y.double() - truth[0]).abs().max() <= 2**-7 * truth[0].abs().max()
 
 
-@pytest.mark.parametrize(
-    ("dtype", "kind"), [(F32, "first"), (BF16, "last"), (F16, "words")], ids=str
-)
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize("kind", LAYOUTS)
 def test_two_images_become_one(dtype, kind, kernels):
     x, x2 = (laid_out(torch.randn(2, c, 5, 6, 7, device=kernels).to(dtype), kind) for c in (21, 8))
     p, p2 = (
@@ -315,9 +314,14 @@ def test_variances_are_not_negative(activation, shape, kernels):
     s, t = (torch.rand(n, c).to(kernels) + 0.5 for _ in range(2))
     passes = dispatch.passes(x)
     moments = passes.moments(x, Prologue(s, t, Activation(activation, 0.1)))
-    assert (moments.var >= 0).all()
-    rstd = passes.norm_finalize(moments, None, None, None, 1e-6, Pooling("instance"))[2]
-    assert rstd.isfinite().all()
+    w = torch.rand(8, c, *[1] * (len(shape) - 2)).to(kernels)
+    unit = Geometry(*((one,) * (len(shape) - 2) for one in (1, (0, 0), 1)))
+    _, *stored = passes.conv_fprop(x, NOTHING, w, None, unit, moments_of=Activation())
+    for own in (moments, Moments(*stored)):
+        assert (own.var >= 0).all()
+        for pooling in (Pooling("instance"), Pooling("batch"), Pooling("group", 4)):
+            rstd = passes.norm_finalize(own, None, None, None, 1e-6, pooling)[2]
+            assert rstd.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -361,10 +365,10 @@ def test_kernels_run_in_the_simulator(kernels, options, monkeypatch):
 
 
 def test_every_pass_has_run(ran, request):
-    """If no test of this file was left out."""
-    here = {one.originalname for one in request.session.items if one.module.__name__ == __name__}
-    if {
-        name for name in globals() if name.startswith("test_") and callable(globals()[name])
-    } - here:
-        pytest.skip("a part of the tests was chosen")
+    """If all other tests of this file have, before and in this process."""
+    items = request.session.items
+    before = {one.originalname for one in items[: items.index(request.node)]}
+    tests = {name for name, one in globals().items() if name.startswith("test_") and callable(one)}
+    if hasattr(request.config, "workerinput") or tests - before - {request.node.originalname}:
+        pytest.skip("other tests of this file have not run before, in this process")
     assert ran == {*ops.NAMES}

@@ -1,8 +1,11 @@
 """Each way into the package, on a machine whose GPUs `standin` pretends."""
 
+import json
+
 import pytest
 import standin
 import torch
+from as_reference import written
 from torch import nn
 
 import cassetta
@@ -247,8 +250,42 @@ def test_check(monkeypatch, capsys):
     assert not wrong(why for why in found.values() if why)
     assert standin.launched
     monkeypatch.setattr(checking, "comparisons", lambda device: [kinds["moments"]])
-    assert cli.main(["check"]) in (0, 1)
+    assert cli.main(["check"]) == 1
     assert "1 comparisons on this GPU" in capsys.readouterr().out
+
+
+@pytest.fixture
+def right(monkeypatch):
+    """What kernels should write, the reference does."""
+    passes = vars(dispatch._triton_passes())
+    for name, kernel in [*passes.items()]:
+        monkeypatch.setitem(passes, name, written(name, kernel))
+
+
+def test_check_where_all_is_right(right, monkeypatch):
+    moments = [one for one in checking.comparisons(GPU) if one.what == "moments"][:3]
+    monkeypatch.setattr(checking, "comparisons", lambda device: moments)
+    assert cli.main(["check"]) == 0
+    assert standin.launched
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:nibabel|nilearn|matplotlib")
+def test_demo_and_predict(right, tmp_path):
+    """Of the template; then the labels of an image."""
+    nibabel = pytest.importorskip("nibabel")
+    pytest.importorskip("nilearn")
+    tiny = ["--resolution", "6", "--patch", "6", "--steps", "2", "--batch", "2"]
+    assert cli.main(["demo", *tiny, "--device", "cuda", "--out", str(tmp_path)]) == 0
+    assert "NVIDIA Null 9.0" in json.dumps(json.loads((tmp_path / "result.json").read_text()))
+    launched = len(standin.launched)
+    assert launched > 100
+    image, out = (str(tmp_path / f"{name}.nii.gz") for name in ("image", "labels"))
+    voxels = torch.rand(12, 13, 14).cpu().numpy()
+    nibabel.save(nibabel.Nifti1Image(voxels, torch.eye(4).numpy()), image)
+    words = ["--weights", str(tmp_path / "weights.pt"), "--device", "cuda", "--out", out]
+    assert cli.main(["predict", image, *words]) == 0
+    assert nibabel.load(out).shape == voxels.shape
+    assert len(standin.launched) > launched
 
 
 def test_bench(monkeypatch, tmp_path, capsys):

@@ -1,5 +1,8 @@
 """Tests of a GPU on the stand-in: kernels are launched, and what they should write, the reference
-does. So nothing is proven of a kernel, and everything of the tests, and of the host.
+does. So nothing is proven of a kernel, and that a test, and the host, would come to their end.
+
+What it cannot see: a tensor that was left on the CPU, for all say that they are on a GPU; streams
+and graphs, which do nothing; NCCL, which is gloo; what inductor generates.
 
 A plugin of pytest, beside `standin`, which is loaded before.
 """
@@ -12,7 +15,7 @@ import torch
 
 from cassetta.kernels import dispatch, reference
 
-SMALL = {"SCALE": 4, "TIMES": 2, "STEPS": 2}
+SMALLER = {"SCALE": 4, "TIMES": 2, "STEPS": 2}
 """What tests of a GPU have larger."""
 
 
@@ -49,7 +52,9 @@ def written(name, kernel):
         for one, other in pairs:
             assert (one is None) == (other is None), name
             if one is not None:
-                assert (one.shape, one.dtype) == (other.shape, other.dtype), name
+                assert (one.shape, one.dtype, one.stride()) == (
+                    other.shape, other.dtype, other.stride()
+                ), name  # fmt: skip
                 one.copy_(other)
         return found
 
@@ -105,7 +110,7 @@ def pytest_collection_modifyitems(config, items):
     """With each value of each parameter once, on small images, a few times."""
     seen, few = set(), []
     for item in items:
-        for name, small in SMALL.items():
+        for name, small in SMALLER.items():
             if hasattr(item.module, name):
                 setattr(item.module, name, small)
         params = item.callspec.params if hasattr(item, "callspec") else {}
