@@ -144,7 +144,7 @@ class _Walk:
         elif _WRITES.fullmatch(name) and memory:
             self._write(memory[0][0])
         elif name in ("warp_group_dot", "tc_gen5_mma"):
-            self._start(name, given, rest)
+            self._start(given, rest)
         elif name == "warp_group_dot_wait":
             (pendings,) = re.findall(r"pendings = (\d+)", rest)
             self._finish(len(self._running) - int(pendings))
@@ -157,14 +157,14 @@ class _Walk:
         taken = self._written[allocation] - self._finished[allocation]
         self.needed[allocation] = max(self.needed[allocation], taken)
 
-    def _start(self, name: str, given: list[str], rest: str) -> None:
+    def _start(self, given: list[str], rest: str) -> None:
         read = {self.places[value] for value in given[:2] if value in self.places}
         barriers = [self.places[value][0] for value in given[3:] if value in self.places]
         barrier = barriers[0] if barriers else ""
         self._running.append((read, barrier))
         if barrier or re.search(r"isAsync = true|is_async", rest):
             self.operands |= {allocation for allocation, *_ in read}
-            if name == "warp_group_dot" and rest.rpartition(" : ")[2].startswith("tensor"):
+            if rest.rpartition(" : ")[2].startswith("tensor"):
                 self.registers.add(given[0])
         else:
             self._finish(len(self._running))

@@ -172,17 +172,22 @@ def test_steps_of_networks_lie_as_compilers_are_told(make, kind, engine):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of what it imports itself
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo
 @pytest.mark.parametrize(
-    ("make", "run"),
-    [(ways, "reference"), (ways, "triton"), (unet, "reference"), (meshnet, "gemm")],
+    ("make", "run", "engine"),
+    [
+        (ways, "reference", "library"),
+        (ways, "triton", "library"),
+        (unet, "reference", "library"),
+        (meshnet, "reference", "gemm"),
+    ],
 )
-def test_inductor_finds_results_where_it_was_told(make, run, request):
+def test_inductor_finds_results_where_it_was_told(make, run, engine, request):
     """Its code asserts the strides of what an operator returns."""
     device = request.getfixturevalue("kernels") if run == "triton" else torch.device("cpu")
     net, x = make().to(device), LAYOUTS["crop of last"](torch.randn(1, 8, 8, 8, device=device))
     torch._dynamo.reset()
     options = {"fx_graph_cache": False, "compile_threads": 1}
-    fused = contextlib.nullcontext() if run == "triton" else dispatch.fused_on_reference()
-    with fused, large_tiles(), dispatch.use_engine("gemm" if run == "gemm" else "library"):
+    fused = dispatch.fused_on_reference() if run == "reference" else contextlib.nullcontext()
+    with fused, large_tiles(), dispatch.use_engine(engine):
         expected = step(net, x)
         found = step(torch.compile(net, fullgraph=True, options=options), x)
     for one, other in zip(found, expected, strict=True):

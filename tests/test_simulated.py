@@ -7,6 +7,7 @@ while a product may read it, or an instruction that runs too early raises, whate
 """
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,19 +50,20 @@ def options(monkeypatch):
 @pytest.fixture(autouse=True, scope="module")
 def ran():
     """The names of the passes that have run in this file."""
-    found, passes = set(), vars(dispatch._triton_passes())
-    before = {**passes}
+    found = set()
 
-    def noted(name):
+    def noted(name, kernel):
         def run(*args, **kwargs):
             found.add(name)
-            return before[name](*args, **kwargs)
+            return kernel(*args, **kwargs)
 
         return run
 
-    passes |= {name: noted(name) for name in passes}
-    yield found
-    passes |= before
+    passes = vars(dispatch._triton_passes())
+    passes = SimpleNamespace(**{name: noted(name, kernel) for name, kernel in passes.items()})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "_triton_passes", lambda: passes)
+        yield found
 
 
 @pytest.fixture

@@ -1,14 +1,14 @@
-"""Tests of a GPU on the stand-in: kernels are launched, and what they should write, the reference
-does. So nothing is proven of a kernel, and that a test, and the host, would come to their end.
+"""A plugin of pytest that runs the tests of a GPU on the stand-in, and is loaded after `standin`.
 
-What it cannot see: a tensor that was left on the CPU, for all say that they are on a GPU; streams
-and graphs, which do nothing; NCCL, which is gloo; what inductor generates.
-
-A plugin of pytest, beside `standin`, which is loaded before.
+Kernels are launched, and the reference computes what they should have written. A test that passes
+shows that it, and the host's code under it, would run to the end on a GPU; it shows nothing of a
+kernel. It cannot see a tensor that was left on the CPU, for all tensors name a GPU as their device;
+streams and graphs do nothing here, gloo stands for NCCL, and inductor generates no code.
 """
 
 import contextlib
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +16,11 @@ import torch
 from cassetta.kernels import dispatch, reference
 
 SMALLER = {"SCALE": 4, "TIMES": 2, "STEPS": 2}
-"""What tests of a GPU have larger."""
+"""Constants of the tests of a GPU, which are larger there."""
 
 
 class Stream:
-    """Of which there is one, and nothing in it is late."""
+    """The only stream, in which all work is already done."""
 
     cuda_stream = 0
 
@@ -29,7 +29,7 @@ class Stream:
 
 
 class Graph:
-    """Of what has run already."""
+    """A CUDA graph, whose work was done while it was captured."""
 
     def replay(self):
         pass
@@ -37,11 +37,17 @@ class Graph:
 
 @contextlib.contextmanager
 def current(stream_or_graph):
+    """Run a `with` block, as `torch.cuda.stream` and `torch.cuda.graph` do."""
     yield
 
 
-def written(name, kernel):
-    """The pass, whose results are those of the reference."""
+def answered():
+    """Return Triton's passes, each of which is launched, and returns the reference's results."""
+    passes = vars(dispatch._triton_passes())
+    return SimpleNamespace(**{name: _answered(name, kernel) for name, kernel in passes.items()})
+
+
+def _answered(name, kernel):
 
     def run(*args, **kwargs):
         found = kernel(*args, **kwargs)
@@ -62,7 +68,7 @@ def written(name, kernel):
 
 
 class Autocast(torch.autocast):
-    """Of a GPU's tensors, which are the CPU's."""
+    """Autocast for a GPU that also rounds the CPU's tensors, for they pass for the GPU's."""
 
     def __enter__(self):
         self.rest = contextlib.ExitStack()
@@ -76,7 +82,7 @@ class Autocast(torch.autocast):
 
 
 def compiled(net, **options):
-    """By all of `torch.compile` but the generation of code, for which there is no GPU."""
+    """Compile a network by all of `torch.compile` but inductor, which would generate for a GPU."""
     out = _compile(net, **options | {"backend": "aot_eager_decomp_partition"})
     run = out.forward
 
@@ -102,12 +108,12 @@ def pytest_configure():
     dispatch.SMALL = 0
     distributed = torch.distributed
     distributed.init_process_group = functools.partial(_gloo, distributed.init_process_group)
-    passes = vars(dispatch._triton_passes())
-    passes |= {name: written(name, kernel) for name, kernel in passes.items()}
+    passes = answered()
+    dispatch._triton_passes = lambda: passes
 
 
 def pytest_collection_modifyitems(config, items):
-    """With each value of each parameter once, on small images, a few times."""
+    """Keep, of each test, one for each value of each parameter, and make them smaller."""
     seen, few = set(), []
     for item in items:
         for name, small in SMALLER.items():

@@ -30,7 +30,7 @@ struct NullHooks final : at::CUDAHooksInterface {
   long versionRuntimeCuDNN() const { return 99999; } // (none in torch 2.8)
 };
 
-// As soon as this is loaded.
+// The hooks are registered as soon as this library is loaded.
 static int hooked = [] {
   auto make = [](at::CUDAHooksArgs) { return std::make_unique<NullHooks>(); };
   at::CUDAHooksRegistry()->Register("CUDAHooks", make, c10::REGISTRY_PREFERRED);

@@ -90,7 +90,7 @@ class Event:
 
 
 def _allocated(make):
-    """The same function, that allocates on the CPU, for whatever GPU it is asked."""
+    """Make a function that allocates on the CPU, whatever device it is asked for."""
 
     def allocated(*args, device=None, layout=None, pin_memory=None, **options):
         return make(
