@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from cassetta.functional.launch import Launch
 from cassetta.layers import ConvBlock
 from cassetta.layers.updown import Level
 from cassetta.rehearsal import Input, Rehearsal
@@ -127,7 +128,7 @@ def summary(model: nn.Module, *inputs: Input, autocast: torch.dtype | None = Non
     """Count what a network costs. Nothing is computed, allocated or changed.
 
     Fused blocks compute the same operations and keep less for backward; how much is told for each.
-    What a block leaves pending is kept where it is applied: if that is between blocks, there.
+    What the next block adds to what a block leaves pending, such as its norm, is kept by the first.
 
     ```python
     print(cassetta.summary(net, (1, 1, 128, 128, 128)))
@@ -247,6 +248,8 @@ class _Kept(torch.autograd.graph.saved_tensors_hooks):
         frame: Any = sys._getframe()
         while frame is not None:
             owner = frame.f_locals.get("self")
+            if isinstance(owner, Launch):  # which waited until another block asked for it
+                owner = owner.owner
             if isinstance(owner, nn.Module) and owner in self._blocks:
                 return owner
             frame = frame.f_back

@@ -36,6 +36,13 @@ OLDEST = (8, 0)
 """The compute capability that a GPU needs at least: that of its tensor cores, and of `cp.async`."""
 
 
+ENGINES: dict[str, Any] = {}
+"""What convolves, by name (`engines`), beside "reference", which is plain PyTorch."""
+
+DEFAULT = "library"
+"""The engine where nothing was measured and none was asked for."""
+
+
 class BackendError(RuntimeError):
     """The requested backend cannot run here; the message says why and what to do."""
 
@@ -43,7 +50,7 @@ class BackendError(RuntimeError):
 class Choice(NamedTuple):
     """Who runs a block."""
 
-    engine: str  # "library": torch's convolution and the passes; "gemm": ours; or "reference"
+    engine: str  # of `ENGINES`, or "reference"
     reason: str  # why nothing but plain PyTorch; "" for any other engine
     evidence: str  # by what it was chosen
     is_open: bool = False  # whether a measurement may change it
@@ -119,7 +126,7 @@ def use_engine(name: str) -> Iterator[None]:
 
 
 def choose(
-    x: Tensor, why: str | None, key: Callable[[], str], engines: Mapping[str, str | None]
+    x: Tensor, why: str | None, key: Callable[[], str], lacks: Mapping[str, str | None]
 ) -> Choice:
     """Who runs a block on the image x.
 
@@ -129,15 +136,15 @@ def choose(
         Why no kernel covers the block, if none does.
     key : callable
         Names the block and the image, for the table of what was measured.
-    engines : dict
+    lacks : dict
         Why each engine that there is has no kernel for the block, or None if it has.
     """
     found = _without_measurement(x, why)
-    if found is not None and (lack := engines.get(found.engine, "there is no such engine")):
-        found = Choice("library", "", f"{found.engine!r} was asked for, but {lack}")
+    if found is not None and (lack := lacks.get(found.engine, "there is no such engine")):
+        found = Choice(DEFAULT, "", f"{found.engine!r} was asked for, but {lack}")
     if found is None and not torch.compiler.is_compiling():
         record = evidence.table(x.device).find(key())
-        if record is not None and engines.get(record.choice, "") is None:
+        if record is not None and lacks.get(record.choice, "") is None:
             reason = "measured to be the fastest" if record.choice == "reference" else ""
             found = Choice(record.choice, reason, record.evidence, True)
     return found or _by_rule(x)
@@ -151,14 +158,14 @@ def _without_measurement(x: Tensor, why: str | None = None) -> Choice | None:
     if _forced == "reference":
         return Choice("reference", "the engine 'reference' was asked for", "it was asked for")
     if _forced or _on_reference_passes or backend() == "triton":
-        return Choice(_forced or "library", "", "it was asked for")
+        return Choice(_forced or DEFAULT, "", "it was asked for")
     return None
 
 
 def _by_rule(x: Tensor) -> Choice:
     rule = "a rule: `cassetta tune` measures"
     if x.numel() >= SMALL:
-        return Choice("library", "", rule, True)
+        return Choice(DEFAULT, "", rule, True)
     small = f"so small an image ({tuple(x.shape)}) is no slower in plain PyTorch"
     return Choice("reference", small, rule, True)
 

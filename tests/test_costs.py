@@ -93,13 +93,13 @@ def test_what_is_kept_is_what_hooks_see(name, norm, dtype):
 
 
 def test_a_fused_convolution_by_hand():
-    """Per block its input is kept; and what leaves the last one, where its norm is applied."""
+    """Per block what leaves its convolution is kept; and by the first one, its input."""
     net = ConvGroup(3, 8, nb_conv=2, norm="instance", order="cndax")
     one = 8 * 16**3 * 4
     found = cassetta.summary(net, (1, 8, 16, 16, 16))
-    assert [row.name for row in found] == ["0", "1", "(between blocks)"]
-    for row in found:
-        assert row.fused_bytes == pytest.approx(one, rel=0.03)
+    assert [row.name for row in found] == ["0", "1"]
+    for row, images in zip(found, (2, 1), strict=True):
+        assert row.fused_bytes == pytest.approx(images * one, rel=0.03)
 
 
 def test_a_convolution_by_hand():

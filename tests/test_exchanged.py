@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 import cassetta
 from cassetta.backbones import UNet
-from cassetta.functional import conv_gemm, defer
+from cassetta.functional import Product, convolved, defer
 from cassetta.kernels import configs, dispatch, evidence, ops, precision
 from cassetta.kernels.types import NOTHING, Geometry
 from cassetta.layers import BatchNorm, Conv, ConvBlock, ConvGroup, DownConv, UpConv, fusing
@@ -103,7 +103,7 @@ def test_whoever_asks_for_our_own_convolution_is_refused(name):
     """Before anything is computed, forward; and no operator forgets that there are groups."""
     conv, x = Conv(2, 4, 4, **STRIDED[name]), torch.randn(1, 4, 9, 8)
     with dispatch.fused_on_reference(), pytest.raises(ValueError, match="convolutions have"):
-        conv_gemm(defer(x), conv.weight, None, conv.geometry)
+        convolved(defer(x), Product("gemm", conv.geometry), conv.weight, None)
     if name == "groups":
         with pytest.raises(ValueError, match="groups=2"):
             ops.conv_fprop(x, NOTHING, conv.weight, None, conv.geometry)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from cassetta.kernels import dispatch
-from cassetta.layers import ConvBlock, blocks
+from cassetta.kernels import dispatch, engines
+from cassetta.layers import ConvBlock
 from cassetta.measure import bench, cases, charts, correct, passes, peers, roofs, rows, stages
 from cassetta.measure.passes import in_memory
 from cassetta.measure.spending import Budget
@@ -278,12 +278,13 @@ def test_an_engine_that_comes_later_is_a_row_and_runs(monkeypatch):
     """By nothing but its name in the table of engines; and a wrong one is refused."""
     ran = []
 
-    def halo(block, x, layers):
-        ran.append(block)
-        out = block._plain(x, layers)
-        return out if len(ran) <= nb_right else blocks.Deferred(1.1 * out.raw)
+    def halo(*args):
+        ran.append(args)
+        y, _ = engines.library.fprop(*args)
+        return y if len(ran) <= nb_right else 1.1 * y, None
 
-    monkeypatch.setitem(blocks.ENGINES, "halo", halo)
+    engine = SimpleNamespace(**{**vars(engines.library), "fprop": halo})
+    monkeypatch.setitem(engines.ENGINES, "halo", engine)
     monkeypatch.setattr(dispatch, "why_no_triton", lambda: None)
     monkeypatch.setattr(dispatch, "_why_no_kernel", lambda x: None)
     make = lambda: ConvBlock(3, 5, 5, activation="SiLU", norm="instance")  # noqa: E731

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cassetta
 from cassetta.backbones import MeshNet
-from cassetta.kernels import configs, dispatch, evidence, library, plans, tile
-from cassetta.layers import ConvBlock, blocks, fusing
+from cassetta.kernels import configs, dispatch, engines, evidence, library, plans, tile
+from cassetta.layers import ConvBlock, fusing
 from cassetta.measure import agreement, tuning
 from cassetta.measure.timing import Timing
 from cassetta.measure.tuning import tune
@@ -25,8 +25,10 @@ def open_choice(monkeypatch):
     monkeypatch.setattr(dispatch, "SMALL", 0)
 
 
-def add_engine(monkeypatch, name, run):
-    monkeypatch.setitem(blocks.ENGINES, name, run)
+def add_engine(monkeypatch, name, **functions):
+    """Add an engine, which is that of torch but for these functions."""
+    engine = SimpleNamespace(**{**vars(engines.library), **functions})
+    monkeypatch.setitem(engines.ENGINES, name, engine)
 
 
 def times(monkeypatch, **ms):
@@ -42,13 +44,13 @@ def net_and_image():
     return MeshNet(2, 4, nb_layers=2, nb_conv_per_layer=1), torch.randn(2, 4, 9, 8)
 
 
-def engines(net, image):
+def chosen(net, image):
     return {row.engine for row in cassetta.explain(net, image)}
 
 
 def test_the_fastest_is_chosen_kept_and_told_of(monkeypatch, open_choice):
     net, image = net_and_image()
-    assert engines(net, image) == {"library"}
+    assert chosen(net, image) == {"library"}
     times(monkeypatch, library=2.0, reference=1.5)
     found = tune(net, image)
     assert [row.choice for row in found] == ["reference"] * 2
@@ -62,51 +64,55 @@ def test_the_fastest_is_chosen_kept_and_told_of(monkeypatch, open_choice):
     assert {row.is_new for row in tune(net, image)} == {False}
     times(monkeypatch, library=1.0, reference=1.5)
     assert {row.choice for row in tune(net, image, again=True)} == {"library"}
-    assert engines(net, image) == {"library"}
+    assert chosen(net, image) == {"library"}
     monkeypatch.undo()
     with dispatch.use_backend("reference"):
-        assert engines(net, image) == {"reference"}
+        assert chosen(net, image) == {"reference"}
 
 
 WRONG = {
-    "one voxel": lambda out: out.raw.index_put((torch.tensor(0),) * 4, torch.tensor(9.0)),
-    "a percent": lambda out: out.raw * 1.01,
-    "its gradient": lambda out: out.raw.detach() + 0 * out.raw,
-    "NaN": lambda out: out.raw * float("nan"),
-    "its shape": lambda out: out.raw[..., :1],
-    "its dtype": lambda out: out.raw.double(),
+    "one voxel": ("fprop", lambda y: y.index_put((torch.tensor(0),) * 4, torch.tensor(9.0))),
+    "a percent": ("fprop", lambda y: y * 1.01),
+    "its gradient": ("wgrad", lambda dw: 0 * dw),
+    "NaN": ("fprop", lambda y: y * float("nan")),
+    "its shape": ("fprop", lambda y: y[..., :1]),
+    "its dtype": ("fprop", lambda y: y.double()),
 }
 
 
 @pytest.mark.parametrize("what", WRONG)
 def test_a_wrong_engine_is_refused_however_fast(monkeypatch, open_choice, what):
-    def wrong(block, x, layers):
-        return blocks.Deferred(WRONG[what](blocks.Deferred(block._plain(x, layers).z())))
+    function, change = WRONG[what]
+    right = getattr(engines.library, function)
 
-    add_engine(monkeypatch, "wrong", wrong)
+    def wrong(*args, **options):
+        first, second = right(*args, **options)
+        return change(first), second
+
+    add_engine(monkeypatch, "wrong", **{function: wrong})
     times(monkeypatch, wrong=0.001)
     net, image = net_and_image()
     for row in tune(net, image):
         assert row.choice != "wrong"
-        assert "wrong refused: its" in row.evidence
-    assert "wrong" not in engines(net, image)
+        assert "wrong refused: it" in row.evidence
+    assert "wrong" not in chosen(net, image)
 
 
 def test_an_engine_that_fails_is_refused(monkeypatch, open_choice):
-    def fails(block, x, layers):
+    def fails(*args):
         raise RuntimeError("a private API changed")
 
-    add_engine(monkeypatch, "fails", fails)
+    add_engine(monkeypatch, "fails", fprop=fails)
     net, image = net_and_image()
     assert "it fails (RuntimeError: a private API changed)" in tune(net, image)[0].evidence
-    assert "fails" not in engines(net, image)
+    assert "fails" not in chosen(net, image)
 
 
 def test_an_error_without_words_is_told_too(monkeypatch, open_choice):
-    def fails(block, x, layers):
+    def fails(*args):
         raise AssertionError
 
-    add_engine(monkeypatch, "fails", fails)
+    add_engine(monkeypatch, "fails", fprop=fails)
     assert "it fails (AssertionError:)" in tune(*net_and_image())[0].evidence
 
 
@@ -115,10 +121,10 @@ def test_an_engine_that_comes_later_is_measured_too(monkeypatch, open_choice):
     times(monkeypatch, library=2.0, reference=1.5)
     net, image = net_and_image()
     assert {row.choice for row in tune(net, image)} == {"reference"}
-    add_engine(monkeypatch, "halo", lambda block, x, layers: block._plain(x, layers))
+    add_engine(monkeypatch, "halo")
     times(monkeypatch, library=2.0, reference=1.5, halo=1.0)
     assert {(row.choice, row.is_new) for row in tune(net, image)} == {("halo", True)}
-    assert engines(net, image) == {"halo"}
+    assert chosen(net, image) == {"halo"}
     assert {row.is_new for row in tune(net, image)} == {False}
 
 
@@ -135,11 +141,9 @@ def zeros_where_large(conv):
 def test_samples_too_large_for_cudnn_are_judged_in_slabs(monkeypatch, open_choice):
     """As if 2^31 were 200, and 2^27 were 50: an engine that trusts cuDNN there is refused."""
 
-    def whole(block, x, layers):
-        conv = block.conv
-        padding = [before for before, _ in conv.geometry.padding]
-        out = library._CONV[2](x.z(), conv.weight, conv.bias, 1, padding)
-        return blocks.Deferred(layers["a"](out))
+    def whole(x, p, x2, p2, w, b, geometry, *rest):
+        padding = [before for before, _ in geometry.padding]
+        return library._CONV[2](x, w, b, 1, padding), None
 
     pieces = []
     largest = agreement._largest
@@ -149,7 +153,7 @@ def test_samples_too_large_for_cudnn_are_judged_in_slabs(monkeypatch, open_choic
     monkeypatch.setattr(
         agreement, "_largest", lambda one: pieces.append(one.numel()) or largest(one)
     )
-    add_engine(monkeypatch, "whole", whole)
+    add_engine(monkeypatch, "whole", fprop=whole)
     times(monkeypatch, whole=0.001, library=0.5)
     block = ConvBlock(2, 4, 4, activation="SiLU")
     found = {size: tune(block, torch.randn(2, 4, size, 9)) for size in (5, 20)}
@@ -175,11 +179,11 @@ def test_no_voxel_escapes_the_slabs(monkeypatch, place):
 def test_a_right_engine_is_really_timed(monkeypatch, open_choice):
     """No pretended times: one that sleeps loses, and one that does less wins."""
 
-    def slow(block, x, layers):
+    def slow(*args):
         time.sleep(0.02)
-        return block._plain(x, layers)
+        return engines.library.fprop(*args)
 
-    add_engine(monkeypatch, "slow", slow)
+    add_engine(monkeypatch, "slow", fprop=slow)
     net, image = net_and_image()
     for row in tune(net, image):
         record = evidence.table(image.device).find(row.key)
@@ -288,14 +292,14 @@ def test_out_of_memory_is_told_and_nothing_is_kept(monkeypatch, open_choice):
     row = tune(net, image)[-1]
     assert row.choice == ""
     assert "out of memory" in row.evidence
-    assert engines(net, image) == {"library"}
+    assert chosen(net, image) == {"library"}
 
 
 def test_without_memory_for_an_engine_it_is_not_called_wrong(monkeypatch, open_choice):
-    def full(block, x, layers):
+    def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried")
 
-    add_engine(monkeypatch, "full", full)
+    add_engine(monkeypatch, "full", fprop=full)
     net, image = net_and_image()
     for row in tune(net, image):
         assert (row.choice, row.is_new) == ("", False)
@@ -331,7 +335,7 @@ def test_nothing_of_the_network_changes_when_it_stops_midway(monkeypatch, open_c
         norm = net[2][0].norm
         monkeypatch.setattr(norm, "forward", stops(norm.forward, 0))
     elif where == "an engine":
-        monkeypatch.setitem(blocks.ENGINES, "library", stops(ConvBlock._library, 4))
+        monkeypatch.setattr(engines.library, "fprop", stops(engines.library.fprop, 4))
     elif where == "the judge":
         monkeypatch.setattr(agreement, "judge", stops(agreement.judge, 1))
     else:

@@ -126,6 +126,7 @@ class ConvEncoder(LoadableMixin, Chain):
         for level in self:
             x = fusing.run(level, x)  # type: ignore[assignment]
             if outputs is not None:
+                x = defer(x).kept()
                 outputs.append(x)
         return x
 

@@ -1,22 +1,21 @@
 """What the layers compute, as functions of tensors. Only here is asked who computes it."""
 
 from cassetta.functional.attention import dot_product_attention as dot_product_attention
+from cassetta.functional.block import Product as Product
 from cassetta.functional.conv import (
-    activated_at_once as activated_at_once,
     conv as conv,
-    conv_deferred as conv_deferred,
     conv_transposed as conv_transposed,
     pad as pad,
     same_padding as same_padding,
 )
 from cassetta.functional.deferred import (
     Deferred as Deferred,
+    convolved as convolved,
     defer as defer,
     join as join,
     materialize as materialize,
 )
-from cassetta.functional.gemm import conv_gemm as conv_gemm
-from cassetta.functional.norm import Norm as Norm, Pool as Pool
+from cassetta.functional.norm import Pool as Pool
 from cassetta.functional.pool import max_pool as max_pool
 from cassetta.functional.resize import (
     fit as fit,
@@ -27,4 +26,3 @@ from cassetta.functional.resize import (
     resize as resize,
     resize_deferred as resize_deferred,
 )
-from cassetta.functional.transposed import conv_transposed_deferred as conv_transposed_deferred

@@ -15,6 +15,8 @@ that of `reference.norm_finalize` and its backward; here is what a batch that is
 processes adds to it.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -36,66 +38,76 @@ class Pool(NamedTuple):
         return Pooling(self.kind, self.groups)
 
 
-class Norm(NamedTuple):
-    """A norm in a chain, and what its gradient needs: tables (N, C), parameters (C,) or None."""
+FIXED = Pooling("fixed")
 
-    mean: Tensor
-    rstd: Tensor
-    centre: Tensor  # of the sums that the gradient asks for: near the mean of b
-    before: Tensor | None  # f
-    after: Tensor | None  # h
+
+class Normalization(NamedTuple):
+    """A norm, with the statistics of what it is applied to, or with fixed ones (C,)."""
+
+    gamma: Tensor | None
+    beta: Tensor | None
+    eps: float
     pool: Pool
-    outer: bool  # after the activation
-
-    def scaled(self, factor: Tensor) -> "Norm":
-        """This norm, whose result is multiplied by a factor (N, C)."""
-        mean, rstd, centre, before, after, pool, outer = self
-        after = factor if after is None else after * factor
-        return Norm(mean, rstd, centre, before, after, pool, outer)
-
-    def gradients(
-        self, gamma: Tensor | None, sums: Tensor, voxels: int
-    ) -> tuple[Tensor, Tensor, Fold | None]:
-        """Gradients of gamma and beta (C,), and what flows through the statistics.
-
-        Parameters
-        ----------
-        sums : (>= 2, N, C) tensor
-            Sums of G and of G (b - centre).
-        voxels : int
-            Number of voxels of a channel of a sample.
-        """
-        mean, rstd, centre, before, after, pool, _ = self
-        tables = (mean, rstd, centre, before)
-        pooling = pool.pooling() if pool.process_group is None else Pooling("fixed")
-        shares = ops.norm_finalize_backward(sums, *tables, after, gamma, voxels, pooling)
-        dgamma, dbeta = shares[:2].sum(1).unbind()
-        if pool.process_group is not None:
-            k = 1.0 if gamma is None else gamma.to(dbeta.dtype)
-            own = torch.stack([dbeta * k, dgamma * k])
-            m0, m1 = _mean_of_all(own, mean.shape[0] * voxels, pool.process_group)
-            a, slope = reference.norm_fold(m0, m1, *tables)
-            return dgamma, dbeta, Fold(a, slope, centre)
-        fold = None if pool.kind == "fixed" else Fold(shares[2], shares[3], centre)
-        return dgamma, dbeta, fold
+    fixed: Moments | None = None
+    track: Callable[[Moments, Any], None] | None = None  # is told the pooled statistics
 
 
 def standardize(
-    own: Moments, before: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float,
-    pool: Pool, voxels: int,
-) -> tuple[Tensor, Moments, Any]:  # fmt: skip
-    """What `reference.norm_finalize` returns, (5, N, C); the pooled moments, a row for each sample
-    (at least one of a batch); and by what their variances are to be multiplied to be unbiased."""
-    n, c = own.mean.shape
-    count = voxels * {"group": c // pool.groups, "batch": n}.get(pool.kind, 1)
-    if pool.process_group is None:
-        tables = ops.norm_finalize(own, before, gamma, beta, eps, pool.pooling())
-        return tables, Moments(tables[0], tables[1]), count / max(count - 1, 1)
-    local = ops.norm_finalize(own, before, None, None, eps, pool.pooling())
-    pooled, total = _moments_of_all(Moments(local[0], local[1]), count, pool.process_group)
-    fixed = Moments(*(one.repeat(n, 1) for one in pooled))
-    tables = ops.norm_finalize(fixed, before, gamma, beta, eps, Pooling("fixed"))
-    return tables, pooled, total / (total - 1).clamp(min=1)  # which the host need not know
+    x: Tensor, own: Moments | None, before: Tensor | None, norm: Normalization
+) -> tuple[Tensor | None, ...]:
+    """Find what a norm amounts to, given the moments of b (N, C), or none if it has fixed ones.
+
+    Returns (N, C) tables: scale, shift, mean, variance, rstd, and what its sums are centred at.
+    And, where other processes share the statistics, their mean and variance (1, C), and by what
+    that is to be multiplied to be unbiased, which the host need not know; else none.
+    """
+    n, pool = x.shape[0], norm.pool
+    pooling = pool.pooling()
+    if norm.fixed is not None:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        own, pooling = Moments(*(one.to(dtype).repeat(n, 1) for one in norm.fixed)), FIXED
+    assert own is not None
+    found, of_all = own, (None, None, None)
+    if norm.fixed is None and pool.process_group is not None:
+        local = ops.norm_finalize(own, before, None, None, norm.eps, pooling)
+        count = n * math.prod(x.shape[2:])
+        pooled, total = _moments_of_all(Moments(local[0], local[1]), count, pool.process_group)
+        of_all = (*pooled, total / (total - 1).clamp(min=1))
+        found, pooling = Moments(*(one.repeat(n, 1) for one in pooled)), FIXED
+    tables = ops.norm_finalize(found, before, norm.gamma, norm.beta, norm.eps, pooling)
+    mean, var, rstd, scale, shift = tables.unbind()
+    return scale, shift, mean, var, rstd, own.mean, *of_all
+
+
+def norm_gradients(
+    norm: Normalization, tables: Any, sums: Tensor, voxels: int
+) -> tuple[Tensor, Tensor, Fold | None]:
+    """Return the gradients of gamma and beta (C,), and what flows through the statistics.
+
+    Parameters
+    ----------
+    tables : Tables
+        What `standardize` found, by name, and the factors before and after the norm.
+    sums : (>= 2, N, C) tensor
+        Sums of G and of G (b - centre).
+    voxels : int
+        Number of voxels of a channel of a sample.
+    """
+    mean, centre, group = tables.mean, tables.centre, norm.pool.process_group
+    given = (mean, tables.rstd, centre, tables.before)
+    pooling = FIXED if norm.fixed is not None or group is not None else norm.pool.pooling()
+    gamma = norm.gamma
+    shares = ops.norm_finalize_backward(sums, *given, tables.after, gamma, voxels, pooling)
+    dgamma, dbeta = shares[:2].sum(1).unbind()
+    if norm.fixed is not None:
+        return dgamma, dbeta, None
+    if group is None:
+        return dgamma, dbeta, Fold(shares[2], shares[3], centre)
+    k = 1.0 if gamma is None else gamma.to(dbeta.dtype)
+    own = torch.stack([dbeta * k, dgamma * k])
+    m0, m1 = _mean_of_all(own, mean.shape[0] * voxels, group)
+    a, slope = reference.norm_fold(m0, m1, *given)
+    return dgamma, dbeta, Fold(a, slope, centre)
 
 
 def _moments_of_all(own: Moments, count: int, group: Any) -> tuple[Moments, Tensor]:

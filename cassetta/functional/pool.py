@@ -20,8 +20,8 @@ def max_pool(x: Deferred, window: tuple[int, ...]) -> Tensor:
 
     Voxels that a size leaves over at the end are dropped, as `torch.nn.MaxPool3d(window)` does.
     """
-    x = x.settled()
-    return _MaxPool.apply(x.handle(), *flat(x.prologue), window)  # type: ignore[return-value]
+    image = x.settled().read()
+    return _MaxPool.apply(image.alone(), *flat(image.prologue), window)  # type: ignore[return-value]
 
 
 class _MaxPool(Function):

@@ -113,8 +113,8 @@ def resize_deferred(x: Deferred, size: tuple[int, ...], grid: Grid) -> Tensor:
 
     For backward nothing is kept: the gradient of z depends on that of the result alone.
     """
-    x = x.settled()
-    return _Resize.apply(x.handle(), *flat(x.prologue), size, grid)  # type: ignore[return-value]
+    image = x.settled().read()
+    return _Resize.apply(image.alone(), *flat(image.prologue), size, grid)  # type: ignore[return-value]
 
 
 class _Resize(Function):

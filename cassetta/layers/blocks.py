@@ -1,10 +1,9 @@
 """Convolutions with their norm, dropout, activation and attention, and groups of them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cassetta import functional
@@ -17,9 +16,7 @@ from cassetta.core.typing import (
     OneOrSeveral,
     SeparableType,
 )
-from cassetta.functional import Deferred, defer, materialize
-from cassetta.kernels.activations import told_by_result
-from cassetta.kernels.types import Activation, Prologue
+from cassetta.functional import Deferred, Product, defer, materialize
 from cassetta.layers import fusing
 from cassetta.layers.activations import make_activation
 from cassetta.layers.attention import make_attention
@@ -132,68 +129,26 @@ class ConvBlock(Stack):
     def defer(self, x: Deferred) -> Deferred:
         """`forward` of what x stands for, which need not be computed on the way."""
         check.image(x.image, self.ndim, self.inp_channels)
-        layers = {letter: getattr(self, LAYERS[letter], None) for letter in self.order}
-        choice = fusing.choose(self, layers, x, ENGINES)
-        return ENGINES[choice.engine](self, x, layers)
+        layers: dict[str, Any] = {
+            letter: getattr(self, LAYERS[letter], None) for letter in self.order
+        }
+        engine = fusing.choose(self, layers, x).engine
+        if engine == "reference":
+            return self._plain(x)
+        for letter, layer in layers.items():
+            if letter == "c":
+                product = Product(engine, layer.geometry)
+                alone = layers["n"] is None
+                x = functional.convolved(x, product, layer.weight, layer.bias, alone, self)
+            elif layer is not None:
+                x = fusing.step(letter, layer, x)
+        return x
 
-    def _plain(self, x: Deferred, layers: dict[str, Any]) -> Deferred:
+    def _plain(self, x: Deferred) -> Deferred:
         out = materialize(x)
         for layer in self.in_order():
             out = layer(out)
         return Deferred(out)
-
-    def _library(self, x: Deferred, layers: dict[str, Any]) -> Deferred:
-        steps, leaving = self._steps(layers)
-        here = steps.index("c")
-        for n, letter in enumerate(steps):
-            if letter == "c":
-                conv = layers["c"]
-                x = functional.conv_deferred(x, conv.weight, conv.bias, conv.geometry, leaving)
-            else:
-                x = self._step(letter, layers, x, n > here)
-        return x
-
-    def _gemm(self, x: Deferred, layers: dict[str, Any]) -> Deferred:
-        steps, leaving = self._steps(layers)
-        here = steps.index("c")
-        for letter in steps[:here]:
-            x = self._step(letter, layers, x, False)
-        conv, rest = layers["c"], steps[here + 1 :]
-        epilogue = Prologue(activation=leaving or Activation())
-        if not torch.is_grad_enabled():  # what is known beforehand leaves with the convolution
-            rest = rest if leaving is None else ["a", *rest]
-            epilogue, rest = fusing.folded(rest, layers, x, conv)
-        of = fusing.moments_after(rest, layers)
-        x = functional.conv_gemm(x, conv.weight, conv.bias, conv.geometry, epilogue, of)
-        for letter in rest:
-            x = self._step(letter, layers, x, True)
-        return x
-
-    def _steps(self, layers: dict[str, Any]) -> tuple[list[str], Activation | None]:
-        """The layers that there are, by letter, and the activation that leaves with a convolution.
-
-        Which is one that stands next to it, and that is told by its result.
-        """
-        steps = [letter for letter in self.order if layers[letter] is not None]
-        told = self._told(layers)
-        if told is None or "ca" not in "".join(steps):
-            return steps, None
-        return [letter for letter in steps if letter != "a"], told
-
-    def _step(self, letter: str, layers: dict[str, Any], x: Deferred, after: bool) -> Deferred:
-        """What a layer, before or after the convolution, makes of x."""
-        told = self._told(layers) if letter == "a" and after else None
-        if told is not None:
-            return functional.activated_at_once(x, told)
-        return fusing.step(letter, layers[letter], x)
-
-    @staticmethod
-    def _told(layers: dict[str, Any]) -> Activation | None:
-        """The activation, if its result is all that its gradient needs, and no norm needs more."""
-        if layers["a"] is None or layers["n"] is not None:
-            return None
-        act = fusing.activation_of(layers["a"])
-        return act if act is not None and told_by_result(act) else None
 
     def in_order(self) -> Iterator[nn.Module]:
         """The layers that there are, in the order of the word; then what was appended since.
@@ -206,14 +161,6 @@ class ConvBlock(Stack):
             layer = getattr(self, name, None)
             if layer is not None:
                 yield layer
-
-
-ENGINES: dict[str, Callable[[ConvBlock, Deferred, dict[str, Any]], Deferred]] = {
-    "reference": ConvBlock._plain,
-    "library": ConvBlock._library,
-    "gemm": ConvBlock._gemm,
-}
-"""Who can run a block, by name."""
 
 
 def _and(name: str, options: dict[str, Any] | None, own: dict[str, Any]) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from cassetta.functional import Deferred, Pool, defer, materialize
-from cassetta.kernels import configs, dispatch
+from cassetta.kernels import dispatch
 from cassetta.kernels.dispatch import Choice
-from cassetta.kernels.types import Activation, Moments, Prologue
+from cassetta.kernels.types import Activation, Moments
 from cassetta.layers.conv import Conv
 from cassetta.layers.dropout import ChannelDropout
 from cassetta.layers.norm import (
@@ -91,10 +91,8 @@ def listening(training: bool) -> Iterator[list[Ran]]:
         _listener.log, _listener.training = before
 
 
-def choose(
-    block: nn.Module, layers: dict[str, nn.Module | None], x: Deferred, engines: Iterable[str]
-) -> Choice:
-    """Who runs a block of these layers on x; whoever listens is told.
+def choose(block: nn.Module, layers: dict[str, nn.Module | None], x: Deferred) -> Choice:
+    """Choose the engine of a block of these layers on x; whoever listens is told.
 
     Parameters
     ----------
@@ -102,37 +100,50 @@ def choose(
         Modules by letter: n norm, c conv, d dropout, a activation, x attention; in their order.
     """
     why = _why_plain(block, layers, x)
-    able = {name: _why_not(name, layers["c"]) for name in engines}
+    found = lacks(layers["c"])
     what = lambda: ", ".join(words(layers))  # noqa: E731
     if why is None and process_group(layers.get("n")) is not None:
-        choice = Choice("library", "", "torch's own SyncBatchNorm is for GPUs only")
-        return _told(block, choice, x, what, able)
-    return choose_for(block, x, what, why, able)
+        choice = Choice(dispatch.DEFAULT, "", "torch's own SyncBatchNorm is for GPUs only")
+        return _told(block, choice, x, what, found)
+    return choose_for(block, x, what, why, found)
+
+
+def lacks(conv: nn.Module | None, convolves: bool = True) -> dict[str, str | None]:
+    """Tell of each engine why it has no kernel for a convolution of ours; None if it has.
+
+    Where nothing is convolved, the default engine alone is one, for all would do the same.
+    """
+    found: dict[str, str | None] = {"reference": None}
+    for name, engine in dispatch.ENGINES.items():
+        found[name] = None
+        if not convolves and name != dispatch.DEFAULT:
+            found[name] = "there is nothing to convolve"
+        elif isinstance(conv, Conv):
+            found[name] = engine.supports(conv.geometry, conv.kernel_size)
+    return found
 
 
 def choose_for(
     module: nn.Module, x: Deferred, what: Callable[[], str], why: str | None,
-    able: Mapping[str, str | None],
+    lacks: Mapping[str, str | None],
 ) -> Choice:  # fmt: skip
-    """Who of those that are able runs a module on x; nobody, if there is a reason why.
+    """Choose an engine, which must lack nothing, for a module on x; with a reason `why`, none.
 
-    `what` it does, is called if the table of what was measured is looked into, or somebody listens.
+    `what` tells what the module does: it is called only if the table of what was measured is
+    looked into, or somebody listens.
     """
-    choice = dispatch.choose(x.image, why, lambda: key(what(), x), able)
-    return _told(module, choice, x, what, able)
+    choice = dispatch.choose(x.image, why, lambda: key(what(), x), lacks)
+    return _told(module, choice, x, what, lacks)
 
 
 def _told(
     module: nn.Module, choice: Choice, x: Deferred, what: Callable[[], str],
-    able: Mapping[str, str | None],
+    lacks: Mapping[str, str | None],
 ) -> Choice:  # fmt: skip
     """The choice, of which whoever listens is told."""
     if _listener.log is not None:
-        images = tuple(
-            torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device="meta")
-            for one in (part.raw for part in x.parts or (x,))
-        )
-        _listener.log.append(Ran(module, choice, images, key(what(), x), able))
+        images = tuple(part.like() for part in x.parts)
+        _listener.log.append(Ran(module, choice, images, key(what(), x), lacks))
     return choice
 
 
@@ -164,23 +175,16 @@ def _walk(conv: Conv) -> str:
 
 def key(what: str, x: Deferred) -> str:
     """The name of what is done with an image, or with two, in the table of what was measured."""
-    image = x.raw
-    last = image.shape[1] > 1 and image.stride(1) == 1
+    image, parts = x.image, x.parts
+    last = parts[0].is_last
     n, _, *size = image.shape
-    channels = "+".join(str(part.shape[1]) for part in x.parts or (x,))
+    channels = "+".join(str(part.shape[1]) for part in parts)
     device = image.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else ""
     kind = f"{'last' if last else 'first'} {image.dtype} {dtype}".replace("torch.", "").strip()
     training = torch.is_grad_enabled() if _listener.training is None else _listener.training
     use = "training" if training else "inference"
     return f"{'x'.join(map(str, (n, channels, *size)))} {kind}, {what}, {use}"
-
-
-def _why_not(engine: str, conv: nn.Module | None) -> str | None:
-    """Why this engine has no kernel for a convolution that the fused block has, as a sentence."""
-    if engine == "gemm" and isinstance(conv, Conv):
-        return configs.why_no_product(conv.geometry, conv.kernel_size)
-    return None
 
 
 def _why_plain(block: nn.Module, layers: dict[str, nn.Module | None], x: Deferred) -> str | None:
@@ -205,10 +209,10 @@ def _why_plain(block: nn.Module, layers: dict[str, nn.Module | None], x: Deferre
         return why
     if activation is not None and activation_of(activation) is None:
         return f"no kernel has the activation {type(activation).__name__}"
-    if dropout is not None and x.raw.ndim - 2 not in _DROPOUT.get(type(dropout), ()):
-        return f"no kernel has the dropout {type(dropout).__name__} in {x.raw.ndim - 2}-D"
+    if dropout is not None and len(x.shape) - 2 not in _DROPOUT.get(type(dropout), ()):
+        return f"no kernel has the dropout {type(dropout).__name__} in {len(x.shape) - 2}-D"
     alone = process_group(norm) is None  # else the other processes wait for what is found here
-    return "the batch is empty" if alone and x.raw.shape[0] == 0 else None
+    return "the batch is empty" if alone and x.shape[0] == 0 else None
 
 
 def why_hooked(layers: Iterable[nn.Module | None]) -> str | None:
@@ -251,40 +255,6 @@ def step(letter: str, layer: Any, x: Deferred) -> Deferred:
     return {"n": normalized, "d": dropped, "a": activated}[letter](x, layer)
 
 
-def folded(
-    steps: list[str], layers: dict[str, Any], x: Deferred, conv: Conv
-) -> tuple[Prologue, list[str]]:
-    """What of the steps after a convolution is one transform known beforehand; and the others."""
-    size = conv.geometry.size_of(x.shape[2:], conv.kernel_size)
-    shape = (x.shape[0], conv.out_channels, *size)
-    pending = Deferred(x.raw.new_empty(()).expand(shape))  # for its shape, without memory
-    for n, letter in enumerate(steps):
-        is_second = letter == "a" and pending.has_activation
-        if letter == "x" or is_second or (letter == "n" and _pool(layers["n"]) is not None):
-            return pending.prologue, steps[n:]
-        pending = step(letter, layers[letter], pending)
-    return pending.prologue, []
-
-
-def moments_after(steps: list[str], layers: dict[str, Any]) -> Activation | None:
-    """Of which function of what leaves a convolution these steps need the moments; None for none.
-
-    A factor (dropout) before an activation, and what PReLU learns, are not known to the kernel.
-    """
-    activation = Activation()
-    for n, letter in enumerate(steps):
-        if letter == "n":
-            return None if _pool(layers["n"]) is None else activation
-        if letter == "a":
-            found = activation_of(layers["a"])
-            if found is None or found.name == "prelu" or "d" in steps[:n]:
-                return None
-            activation = found
-        elif letter == "x":
-            return None
-    return None
-
-
 def normalized(x: Deferred, norm: Any) -> Deferred:
     """A norm of torch or of ours as a step, its running statistics kept as its own forward does."""
     n, c, *size = x.shape
@@ -322,7 +292,7 @@ def dropped(x: Deferred, dropout: Any) -> Deferred:
     if not dropout.training or dropout.p == 0:
         return x
     n, c, *size = x.shape
-    ones = x.raw.new_ones(n, c, *[1] * len(size))
+    ones = x.image.new_ones(n, c, *[1] * len(size))
     factor = torch.feature_dropout(ones, dropout.p, True).reshape(n, c)
     return x.scaled(factor.to(torch.promote_types(factor.dtype, torch.float32)))
 

@@ -113,6 +113,7 @@ class ModuleSum(nn.ModuleList):
     def defer(self, x: Deferred) -> Deferred:
         """`forward` of what x stands for; each module's output is added as it is computed."""
         total: Deferred | None = None
+        x = x.kept() if len(self) > 1 else x
         for module in self:
             out = defer(fusing.run(module, x))
             if total is not None and out.shape != total.shape:
@@ -223,9 +224,10 @@ class ModuleGroup(Chain):
         return defer(out)
 
     def _step(self, n: int, x: Tensor | Deferred) -> Tensor | Deferred:
-        out = fusing.run(self[n], x)
         if not self.residual:
-            return out
+            return fusing.run(self[n], x)
+        x = defer(x).kept()
+        out = fusing.run(self[n], x)
         return defer(out).plus(_matching(defer(x), out, self.skip if n == 0 else 0))
 
 

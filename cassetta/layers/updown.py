@@ -24,7 +24,6 @@ from cassetta.layers.ways import (
     Level,
     convolved,
     interpolated,
-    unpadded,
     why_other,
     why_other_interpolation,
 )
@@ -70,7 +69,7 @@ class DownConv(Level):
         return self.conv(inp)
 
     def _fused(self, x: Deferred, engine: str) -> Deferred:
-        return convolved(x, self.conv, engine)
+        return convolved(self, x, self.conv, engine)
 
     def _why_plain(self) -> str | None:
         return why_other(self.conv, CONV[self.ndim], self.factor)
@@ -113,9 +112,7 @@ class UpConv(Level):
         return self.conv(inp)
 
     def _fused(self, x: Deferred, engine: str) -> Deferred:
-        conv = self.conv
-        geometry = unpadded(conv.kernel_size)
-        return functional.conv_transposed_deferred(x, conv.weight, conv.bias, geometry, engine)
+        return convolved(self, x, self.conv, engine)
 
     def _why_plain(self) -> str | None:
         return why_other(self.conv, CONV_TRANSPOSED[self.ndim], self.factor)
@@ -188,7 +185,7 @@ class DownPool(Level, nn.Sequential):
 
     def _fused(self, x: Deferred, engine: str) -> Deferred:
         out = Deferred(functional.max_pool(x, self.factor))
-        return convolved(out, self[1], engine) if self._changes_channels else out
+        return convolved(self, out, self[1], engine) if self._changes_channels else out
 
     def _why_plain(self) -> str | None:
         pool, conv = listed(self)
@@ -309,7 +306,7 @@ class DownInterpol(Level, nn.Sequential):
     def _fused(self, x: Deferred, engine: str) -> Deferred:
         size = [n // f for n, f in zip(x.shape[2:], self.factor, strict=True)]
         out = interpolated(x, size)
-        return convolved(out, self[1], engine) if self._changes_channels else out
+        return convolved(self, out, self[1], engine) if self._changes_channels else out
 
     def _why_plain(self) -> str | None:
         return why_other_interpolation(self, listed(self))
@@ -360,7 +357,7 @@ class UpInterpol(Level, nn.Sequential):
 
     def _fused(self, x: Deferred, engine: str) -> Deferred:
         # what is pending is applied to the coarse image: on load, each voxel would be met 8 times
-        out = convolved(x, self[0], engine) if self._changes_channels else Deferred(x.z())
+        out = convolved(self, x, self[0], engine) if self._changes_channels else Deferred(x.z())
         return interpolated(out, [n * f for n, f in zip(x.shape[2:], self.factor, strict=True)])
 
     def _why_plain(self) -> str | None:

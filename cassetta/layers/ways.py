@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from cassetta import functional
 from cassetta.core import check
-from cassetta.functional import Deferred, defer, materialize
+from cassetta.functional import Deferred, Product, defer, materialize
 from cassetta.kernels import dispatch
 from cassetta.kernels.types import Geometry
 from cassetta.layers import fusing
@@ -15,6 +15,7 @@ from cassetta.layers.interpol import Resize
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 CONV_TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+TRANSPOSED = tuple(CONV_TRANSPOSED.values())
 
 
 @fusing.fuses
@@ -49,14 +50,13 @@ class Level(nn.Module):
         """
         self._check(x.image)
         convolves = self._changes_channels or hasattr(self, "conv")
-        lack = None if convolves else "there is nothing to convolve"
-        able = {"reference": None, "library": None, "gemm": lack}
         what = lambda: f"{type(self).__name__} {self.factor} to {self.out_channels}"  # noqa: E731
         why = "the batch is empty" if x.shape[0] == 0 else fusing.why_hooked(self.children())
         if not self.is_down:
             larger = [n * f for n, f in zip(x.shape[2:], self.factor, strict=True)]
             why = why or dispatch.why_too_large(larger)
-        choice = fusing.choose_for(self, x, what, why or self._why_plain(), able)
+        lacks = fusing.lacks(None, convolves)
+        choice = fusing.choose_for(self, x, what, why or self._why_plain(), lacks)
         is_plain = choice.engine == "reference"
         out = Deferred(self._plain(x.z())) if is_plain else self._fused(x, choice.engine)
         if size is None or out.shape[2:] == size:
@@ -93,10 +93,10 @@ class Level(nn.Module):
         return [CONV[len(self.factor)](self.inp_channels, self.out_channels, kernel_size=1)]
 
 
-def convolved(x: Deferred, conv: Any, engine: str) -> Deferred:
+def convolved(owner: Level, x: Deferred, conv: Any, engine: str) -> Deferred:
     """A convolution without padding, of what x stands for, by an engine."""
-    run = functional.conv_gemm if engine == "gemm" else functional.conv_deferred
-    return run(x, conv.weight, conv.bias, unpadded(conv.stride))
+    product = Product(engine, unpadded(conv.stride), isinstance(conv, TRANSPOSED))
+    return functional.convolved(x, product, conv.weight, conv.bias, owner=owner)
 
 
 def unpadded(stride: tuple[int, ...]) -> Geometry:

@@ -18,7 +18,6 @@ from cassetta.explanation import explain
 from cassetta.kernels import activations, configs, dispatch, plans, precision, reference
 from cassetta.kernels.types import Activation, Geometry
 from cassetta.layers import ConvBlock, ConvGroup
-from cassetta.layers.blocks import ENGINES
 from cassetta.measure import agreement
 
 SHAPES = ((2, 21, 9, 10, 11), (2, 8, 33, 40), (1, 5, 3000), (3, 64, 8, 8, 8))
@@ -117,8 +116,8 @@ def _of_networks(device: torch.device) -> Iterator[Comparison]:
     """Small ones, forward and backward, by each engine; float32 in full."""
     deep = _networks()
     nets = {**_blocks(), **deep}
-    engines = [engine for engine in ENGINES if engine != "reference"]
-    for (name, (net, shape)), dtype, engine in itertools.product(nets.items(), _dtypes(), engines):
+    all_of_it = itertools.product(nets.items(), _dtypes(), dispatch.ENGINES)
+    for (name, (net, shape)), dtype, engine in all_of_it:
         run = functools.partial(_wrong, net, shape, dtype, device, name in deep, engine)
         yield Comparison(PARTS[1], name, "", f"{_case(dtype, shape, False)}, {engine}", run)
 

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from cassetta.kernels import dispatch
-from cassetta.layers.blocks import ENGINES
 from cassetta.measure import roofs, twins
 from cassetta.measure.cases import Case
 
@@ -71,7 +70,7 @@ def _engines(layout: str, on_gpu: bool) -> Iterator[Rival]:
     """Our network by the engine that is chosen for each block, and by each one that there is."""
     if on_gpu:
         yield Rival("auto", layout, "ours", "auto", as_it_is)
-        for engine in (name for name in ENGINES if name != "reference"):
+        for engine in dispatch.ENGINES:
             yield Rival(engine, layout, "ours", "triton", as_it_is, engine)
     yield Rival("reference", layout, "ours", "reference", as_it_is)
 

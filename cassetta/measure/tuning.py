@@ -30,7 +30,6 @@ from cassetta.kernels import dispatch, evidence, plans, reference
 from cassetta.kernels.evidence import Record
 from cassetta.kernels.types import Activation
 from cassetta.layers import fusing
-from cassetta.layers.blocks import ENGINES
 from cassetta.measure import agreement
 from cassetta.measure.spending import Budget, OutOfTime
 from cassetta.measure.timing import interleaved, nb_inputs
@@ -154,17 +153,17 @@ def _tune_block(
     ran: fusing.Ran, device: torch.device, training: bool, again: bool, budget: Budget
 ) -> Iterator[Found]:
     """The block's passes, and then its engines."""
-    table = evidence.table(device)
+    table, names = evidence.table(device), ("reference", *dispatch.ENGINES)
     known = table.find(ran.key)
     tried = set() if known is None else {*known.ms, *known.refused}
-    if known is not None and not again and tried >= ENGINES.keys():  # one may have come since
+    if known is not None and not again and tried >= {*names}:  # one may have come since
         yield Found(ran.key, known.choice, known.evidence, False)
         return
     net = _Block(copy.deepcopy(ran.block)).requires_grad_(training)
     try:
         images = _images(ran.images, device)
         refused: dict[str, str] = {}
-        for name in ENGINES:
+        for name in names:
             why = ran.engines.get(name, "it has no kernel")
             if name != "reference" and why is None:
                 with budget.part("check"), budget.spending("check", name):
@@ -176,7 +175,7 @@ def _tune_block(
                 why = str(error)
             if why is not None:
                 refused[name] = why
-        runs = {name: _run(net, images, training, name) for name in ENGINES if name not in refused}
+        runs = {name: _run(net, images, training, name) for name in names if name not in refused}
         with budget.part("timing"):
             record = _fastest(runs, refused, device, budget)
     except torch.OutOfMemoryError as error:

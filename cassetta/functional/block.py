@@ -1,0 +1,276 @@
+"""A convolution and the transform of its result that is pending, as one node of autograd.
+
+In the graph the node's result stands for z; in memory it is y, the result of the convolution, with
+the tables of the transform that makes it z (`steps`). All who read it return the gradient of z, and
+the node turns the sum of these into the gradients of the image, of the weights and of the norm. So
+of each block one image is kept. Without a convolution, the node is a transform alone.
+
+Readers may return the sums that the norm asks for together with the gradient of z: they are linear
+in it, so those of several readers add up as it does, as the gradient of a second result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from cassetta.functional.nodes import first_order
+from cassetta.functional.norm import Normalization, Pool
+from cassetta.functional.steps import (
+    Steps,
+    Tables,
+    completed,
+    gradient_by_result,
+    gradients,
+    normalized,
+)
+from cassetta.kernels import layout, ops
+from cassetta.kernels.engines import ENGINES
+from cassetta.kernels.types import NOTHING, Activation, Geometry, Moments, Prologue
+
+
+class Image(NamedTuple):
+    """An image as it is read: x, and the transform that makes it z."""
+
+    x: Tensor  # which stands for z in the graph
+    prologue: Prologue = NOTHING
+    sums: Tensor | None = None  # which stands for the sums of the gradient of z, if a norm asks
+    centre: Tensor | None = None  # of these sums
+    outer: bool = False  # they are of the value after the activation
+    is_summed: list[bool] = [False]  # noqa: RUF012 (replaced): whether all readers return sums
+
+    def alone(self) -> Tensor:
+        """Return x for a reader that returns no sums."""
+        if self.is_summed[0]:
+            self.is_summed[0] = False
+        return self.x
+
+
+class Product(NamedTuple):
+    """A convolution, but for its operands."""
+
+    engine: str
+    geometry: Geometry
+    transposed: bool = False
+
+
+class Plan(NamedTuple):
+    """All that a node does, but for the tensors it does it to."""
+
+    product: Product | None
+    outer: tuple[bool, bool]  # whether the sums of either image are of the value after activation
+    activations: tuple[str, ...]  # on either image, in the epilogue, of the steps, of the moments
+    word: str  # the steps
+    norm: tuple[Pool, bool] | None  # and whether its statistics are fixed
+    moments: bool  # that the product leaves its moments
+    by_result: bool  # the activation is applied, and its result is kept
+    leaves: bool  # that activation leaves with the product
+    is_summed: bool  # readers may return sums
+
+    def activation(self, which: int, numbers: Sequence[float]) -> Activation:
+        """Return one of the activations, with its constants."""
+        return Activation(self.activations[which], *numbers[2 * which : 2 * which + 2])
+
+    def steps(
+        self, gamma: Any, beta: Any, weight: Any, factors: Sequence[Any], numbers: Sequence[float]
+    ) -> Steps:
+        """Return the steps, with their tensors; fixed statistics are not among these."""
+        norm = None
+        if self.norm is not None:
+            pool, is_fixed = self.norm
+            fixed = _KNOWN if is_fixed else None
+            norm = Normalization(gamma, beta, numbers[10], pool, fixed)
+        return Steps(self.word, self.activation(3, numbers), weight, norm, tuple(factors))
+
+
+_KNOWN: Any = ()
+"""Statistics that went into the tables already."""
+
+
+class Given(NamedTuple):
+    """What a node is given beside what it may differentiate."""
+
+    tables: tuple[Tensor | None, ...]  # of the image that is read: s1, t1, slope, s2, t2, centre
+    tables2: tuple[Tensor | None, ...]
+    epilogue: tuple[Tensor | None, ...]  # s1, t1, slope, s2, t2
+    prepared: Tables
+    factors: tuple[Tensor | None, ...]
+    own: tuple[Tensor | None, ...]  # moments of x, where they are known
+    numbers: tuple[float, ...]  # of the activations, and eps: a compiler may have them open
+
+
+def flat(given: Given) -> list[Any]:
+    """Return it as arguments of a node."""
+    return [one for part in given for one in part]
+
+
+def unflat(flat: Sequence[Any]) -> Given:
+    """Return what `flat` took apart."""
+    n = 17 + len(Tables._fields)
+    one, two, epilogue, found = flat[:6], flat[6:12], flat[12:17], flat[17:n]
+    factors, own, numbers = flat[n : n + 3], flat[n + 3 : n + 5], flat[n + 5 :]
+    last = tuple(factors), tuple(own), tuple(numbers)
+    return Given(tuple(one), tuple(two), tuple(epilogue), Tables(*found), *last)
+
+
+def _prologue(tables: Sequence[Tensor | None], activation: Activation) -> Prologue:
+    s1, t1, slope, s2, t2 = tables[:5]
+    return Prologue(s1, t1, activation, slope, s2, t2)
+
+
+def compute(
+    plan: Plan, x: Tensor, x2: Tensor | None, w: Tensor | None, b: Tensor | None,
+    r: Tensor | None, gamma: Any, beta: Any, weight: Any, given: Given,
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:  # fmt: skip
+    """Compute y, and what its norm amounts to, if that depends on y; or y, and its moments."""
+    numbers = given.numbers
+    steps = plan.steps(gamma, beta, weight, given.factors, numbers)
+    y, own = x, None if given.own[0] is None else Moments(*given.own)  # type: ignore[arg-type]
+    if plan.product is not None:
+        assert w is not None
+        p, p2, epilogue = (
+            _prologue(tables, plan.activation(which, numbers))
+            for which, tables in enumerate((given.tables, given.tables2, given.epilogue))
+        )
+        engine, geometry, transposed = plan.product
+        run = ENGINES[engine]
+        with unrounded(x):
+            if transposed:
+                y = run.transposed(x, p, w, b, geometry, epilogue, r)
+            else:
+                of = plan.activation(4, numbers) if plan.moments else None
+                y, own = run.fprop(x, p, x2, p2, w, b, geometry, epilogue, r, of)
+    if plan.by_result and not plan.leaves:
+        f0 = steps.factors[0]
+        shift = None if f0 is None else torch.zeros_like(f0)
+        y = ops.materialize(y, Prologue(f0, shift, steps.activation), None, y.dtype)
+    if steps.are_known():
+        return y, (*((None, None) if own is None else own), *(None,) * 7)
+    return y, normalized(y, steps, given.prepared, own)
+
+
+class Block(Function):
+    """The node: (plan, is_summed, x, its sums, x2, its sums, w, b, residual, gamma, beta, weight,
+    *flat(tensors)) to (y, its sums, *what its norm amounts to)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, plan: Plan, is_summed: list[bool], x: Tensor, sums: Any, x2: Any, sums2: Any,
+        w: Any, b: Any, r: Any, gamma: Any, beta: Any, weight: Any, *rest: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        given = unflat(rest)
+        ctx.plan, ctx.is_summed, ctx.nb_others = plan, is_summed, len(rest)
+        ctx.numbers = given.numbers
+        ctx.reads_sums = sums is not None, sums2 is not None
+        ctx.dtypes = [None if one is None else one.dtype for one in (w, b, gamma, beta, weight)]
+        y, found = compute(plan, x, x2, w, b, r, gamma, beta, weight, given)
+        tables = given.prepared
+        if plan.norm is not None and not plan.norm[1]:
+            tables = completed(tables, plan.word, found)
+        # a mere factor asks for no image
+        kept = y if plan.word else None
+        ctx.save_for_backward(
+            None if plan.product is None else x, x2, w, b, kept, gamma, beta, weight,
+            *given.tables, *given.tables2, *tables, *given.factors,
+        )  # fmt: skip
+        ctx.mark_non_differentiable(*(one for one in found if one is not None))
+        ctx.set_materialize_grads(False)
+        out = layout.tables(y, 2) if plan.is_summed else None
+        return y.view_as(y) if plan.product is None else y, out, *found
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, g: Tensor, sums: Tensor | None = None, *found: Any) -> tuple:
+        plan, needs = ctx.plan, ctx.needs_input_grad[2:12]
+        x, x2, w, b, kept, gamma, beta, weight, *rest = ctx.saved_tensors
+        n = 12 + len(Tables._fields)
+        one, two, tables, factors = rest[:6], rest[6:12], Tables(*rest[12:n]), tuple(rest[n:])
+        steps = plan.steps(gamma, beta, weight, factors, ctx.numbers)
+        p, p2 = (
+            _prologue(one, plan.activation(n, ctx.numbers)) for n, one in enumerate((one, two))
+        )
+        to_y = needs[0] if plan.product is None else any(needs[:7])
+        dy: Any = g
+        grads: list[Tensor | None] = [None] * 10  # in the order of the arguments
+        if plan.by_result:
+            dy = gradient_by_result(g, kept, steps) if to_y else None
+        elif not steps.are_none():
+            sums = sums if ctx.is_summed[0] else None
+            image = g if kept is None else kept
+            dy, *grads[7:] = gradients(g, sums, image, steps, tables, (to_y, *needs[7:]))
+        if plan.product is None:
+            grads[0] = dy
+        elif to_y:
+            del g, sums  # in the hope that nobody else holds them
+            grads[4:6] = _to_weights(plan.product, dy, x, p, x2, p2, w, b, needs[4:6])
+            centres = (one[5] if ctx.reads_sums[0] else None, two[5] if ctx.reads_sums[1] else None)
+            asked = (needs[0] or needs[1], needs[2] or needs[3])
+            grads[:4] = _to_images(plan, dy, x, p, x2, p2, w, centres, asked)
+            grads[6] = dy
+        for place, dtype in zip((4, 5, 7, 8, 9), ctx.dtypes, strict=True):
+            grad = grads[place]
+            grads[place] = None if grad is None or not needs[place] else grad.to(dtype)
+        grads[6] = grads[6] if needs[6] else None
+        return None, None, *grads, *[None] * ctx.nb_others
+
+
+def _to_weights(
+    product: Product, g: Tensor, x: Tensor, p: Prologue, x2: Tensor | None, p2: Prologue,
+    w: Tensor, b: Tensor | None, needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Return the gradients of w and b that are needed; those of two images one after the other."""
+    engine, geometry, transposed = product
+    run, to_w, to_b = ENGINES[engine], *needs
+    if not (to_w or to_b):
+        return None, None
+    with unrounded(g):
+        if transposed:  # as of the convolution whose image is g, and whose gradient z
+            dw = db = None
+            if to_w:
+                z = x.to(w.dtype) if p.is_identity() else ops.materialize(x, p, None, w.dtype)
+                dw, _ = run.wgrad(z, g, NOTHING, w, None, geometry, (True, False))
+            if to_b:
+                wide = torch.promote_types(g.dtype, torch.float32)
+                db = g.sum((0, *range(2, g.ndim)), dtype=wide)
+            return dw, db
+        if x2 is None:
+            return run.wgrad(g, x, p, w, b, geometry, (to_w, to_b))
+        c = x.shape[1]
+        dw, db = run.wgrad(g, x, p, w[:, :c], b, geometry, (to_w, to_b))
+        if to_w:
+            dw2, _ = run.wgrad(g, x2, p2, w[:, c:], None, geometry, (True, False))
+            dw = torch.cat([dw, dw2], 1)
+        return dw, db
+
+
+def _to_images(
+    plan: Plan, g: Tensor, x: Tensor, p: Prologue, x2: Tensor | None, p2: Prologue, w: Tensor,
+    centres: tuple[Tensor | None, Tensor | None], needs: tuple[bool, bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Return the gradients of the images that are needed, each with that of its sums."""
+    engine, geometry, transposed = plan.product  # type: ignore[misc]
+    run, c = ENGINES[engine], x.shape[1]
+    with unrounded(g):
+        if transposed:
+            dx = run.fprop(g, NOTHING, None, NOTHING, w, None, geometry)[0] if needs[0] else None
+            return dx, None, None, None
+        found: list[Tensor | None] = [None] * 4
+        if needs[0]:
+            part = w if x2 is None else w[:, :c]
+            found[:2] = run.dgrad(g, part, geometry, x, p, centres[0], plan.outer[0])
+        if needs[1] and x2 is not None:
+            found[2:] = run.dgrad(g, w[:, c:], geometry, x2, p2, centres[1], plan.outer[1])
+        return tuple(found)
+
+
+def unrounded(x: Tensor) -> AbstractContextManager:
+    """Return a context in which autocast rounds nothing: operands have their dtype already."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()

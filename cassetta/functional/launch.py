@@ -1,0 +1,222 @@
+"""How a convolution and the steps that follow it are computed, once it is known what they are.
+
+What of the steps leaves with the product depends on its engine, and on whether a gradient is asked
+for: in inference all that is known beforehand, in training an activation whose result tells its
+slope, and the moments that a norm asks for. The rest is pending.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cassetta.functional.block import Block, Given, Image, Plan, Product, compute, flat
+from cassetta.functional.norm import Normalization
+from cassetta.functional.steps import Steps, Tables, completed, prepared
+from cassetta.kernels.engines import ENGINES
+from cassetta.kernels.types import NOTHING, Activation, Moments, Prologue
+
+APART = 2**24
+"""Elements of an image from which on a convolution and the steps after it are two nodes.
+
+One node is quicker for the host. Two release the gradient of z, and what the steps keep, before the
+gradients of the convolution are computed, so that the peak of memory is lower; and on so large an
+image the host has time. A compiler sees one: it knows by itself what is alive.
+"""
+
+
+class Launch(NamedTuple):
+    """A convolution that waits until it is known what follows it."""
+
+    product: Product
+    first: Image
+    second: Image | None  # whose channels are further ones
+    weight: Tensor  # in the dtype of the product
+    bias: Tensor | None
+    like: Tensor  # of the shape and kind of its result, without values
+    differentiable: bool  # as the caller asked for it, whatever is asked for when it is computed
+    by_result: bool  # of an activation that is told by its result, that alone is kept
+    owner: Any  # the module that convolves
+    epilogue: Prologue = NOTHING  # of the product, before the residual
+    residual: Tensor | None = None
+
+    def takes(self, residual: Tensor, steps: Steps) -> bool:
+        """Tell whether the product adds a residual after these steps, as torch would.
+
+        The gradient of what it is added to is then its own: in training, nothing comes before it.
+        """
+        kinds = [(type(x), x.shape, x.dtype, x.device) for x in (residual, self.like)]
+        early = steps.are_none() or (not self.differentiable and steps.are_known())
+        return self._fuses() and early and self.residual is None and kinds[0] == kinds[1]
+
+    def plus(self, residual: Tensor | None, steps: Steps) -> Launch:
+        """Return it with steps that leave with the product, and a residual that is added then."""
+        return self._with(prepared(self.like, steps).prologue(steps.activation), residual)
+
+    def run(self, steps: Steps) -> Image:
+        """Compute it, and what the steps that follow amount to."""
+        launch, steps = self._folded(steps)
+        if self.differentiable == torch.is_grad_enabled():
+            return launch._run(steps)
+        with torch.set_grad_enabled(self.differentiable):
+            return launch._run(steps)
+
+    def _run(self, steps: Steps) -> Image:
+        by_result = self.by_result and steps.are_told()
+        leaves = by_result and steps.factors[0] is None and self._fuses() and self.residual is None
+        leaves = leaves and not self.product.transposed
+        launch = self
+        if leaves:
+            launch = self._with(Prologue(activation=steps.activation), None)
+        of = None if self.product.transposed else steps.moments_of()
+        if steps.are_none() or torch.compiler.is_compiling() or self.like.numel() < APART:
+            return _node(launch, launch.first, steps, None, of, by_result, leaves)[0]
+        y, own = _node(launch, launch.first, Steps(), None, of, False, False)
+        return _node(None, y, steps, own, None, by_result, leaves)[0]
+
+    def _fuses(self) -> bool:
+        return ENGINES[self.product.engine].FUSES
+
+    def _with(self, epilogue: Prologue, residual: Tensor | None) -> Launch:
+        product, first, second, weight, bias, like, differentiable, by_result, owner, _, _ = self
+        images = first, second
+        kind = like, differentiable, by_result, owner
+        return Launch(product, *images, weight, bias, *kind, epilogue, residual)
+
+    def _folded(self, steps: Steps) -> tuple[Launch, Steps]:
+        """Return what leaves with the product in inference, and the steps that are left."""
+        if self.differentiable or self.residual is not None or not self._fuses():
+            return self, steps
+        if steps.are_known():
+            return self.plus(None, steps), Steps()
+        f0, f1, f2 = steps.factors
+        if steps.word == "an":
+            early = Steps("a", steps.activation, steps.weight, None, (f0, None, None))
+            late = Steps("n", norm=steps.norm, factors=(f1, f2, None))
+        else:
+            early = Steps(factors=(f0, None, None))
+            word, activation, weight, norm, _ = steps
+            late = Steps(word, activation, weight, norm, (None, f1, f2))
+        if early.are_none():
+            return self, steps
+        return self.plus(None, early), late
+
+
+def transformed(x: Tensor, steps: Steps, own: Moments | None) -> Image:
+    """Compute what steps on an image amount to; `own` are its moments, where they are known."""
+    if steps.are_none():
+        return Image(x)
+    own = own if steps.word[:1] == "n" else None
+    return _node(None, Image(x), steps, own, None, False, False)[0]
+
+
+def _node(
+    launch: Launch | None, x: Image, steps: Steps, own: Moments | None, of: Activation | None,
+    by_result: bool, leaves: bool,
+) -> tuple[Image, Moments | None]:  # fmt: skip
+    """Run the node of autograd, or what it computes, where nothing asks for a gradient.
+
+    Returns moments of y if they are asked for, by `of`, and no step takes them.
+    """
+    product = second = w = b = r = None
+    epilogue, like = NOTHING, x.x
+    if launch is not None:
+        product, second, w, b, r = (
+            launch.product, launch.second, launch.weight, launch.bias, launch.residual,
+        )  # fmt: skip
+        epilogue, like = launch.epilogue, launch.like
+    sums, sums2 = _sums(x, product), _sums(second, product)
+    gamma, beta, weight = steps.parameters()
+    inputs = (x.x, sums, None if second is None else second.x, sums2, w, b, r, gamma, beta, weight)
+    wanted = [one for one in inputs if one is not None and one.requires_grad]
+    is_node = torch.is_grad_enabled() and len(wanted) > 0
+    norm = steps.norm
+    is_summed = [is_node and norm is not None and not torch.compiler.is_compiling()]
+    with torch.no_grad():
+        tables = prepared(like, steps)
+    plan, numbers = _plan(
+        product, x, second, epilogue, steps, of, (by_result, leaves, is_summed[0])
+    )
+    given = Given(
+        _tables(x), _tables(second), _tensors(epilogue), tables, steps.factors,
+        (None, None) if own is None else own, numbers,
+    )  # fmt: skip
+    out = None
+    if is_node:
+        z, out, *found = Block.apply(plan, is_summed, *inputs, *flat(given))  # type: ignore[misc]
+    else:
+        x1, _, x2, _, *parameters = inputs
+        with torch.no_grad():
+            z, found = compute(plan, x1, x2, *parameters, given)  # type: ignore[arg-type]
+    if norm is None or norm.fixed is not None:
+        own = None if found[0] is None else Moments(*found[:2])
+    else:
+        tables = completed(tables, steps.word, found)
+        _track(norm, tables, like)
+    if by_result:
+        return Image(z, _rest(steps)), None
+    outer = steps.word == "an"
+    image = Image(z, tables.prologue(steps.activation), out, tables.centre, outer, is_summed)
+    return image, own
+
+
+def _plan(
+    product: Product | None, x: Image, second: Image | None, epilogue: Prologue, steps: Steps,
+    of: Activation | None, flags: tuple[bool, bool, bool],
+) -> tuple[Plan, tuple[float, ...]]:  # fmt: skip
+    """Return what a node does, and the numbers that it needs (`Given`)."""
+    p2, outer2 = (NOTHING, False) if second is None else (second.prologue, second.outer)
+    own = Activation() if of is None else of
+    activations = (
+        x.prologue.activation, p2.activation, epilogue.activation, steps.activation, own,
+    )  # fmt: skip
+    # as `flat` of a prologue has them
+    numbers = [float(one) for activation in activations for one in activation[1:]]
+    norm, names = steps.norm, tuple([activation.name for activation in activations])
+    pooled = None if norm is None else (norm.pool, norm.fixed is not None)
+    plan = Plan(product, (x.outer, outer2), names, steps.word, pooled, of is not None, *flags)
+    return plan, (*numbers, 0.0 if norm is None else float(norm.eps))
+
+
+def _rest(steps: Steps) -> Prologue:
+    """Return what is pending on the result of an activation that was applied: a factor after it."""
+    factor = steps.factors[1]
+    return Prologue(factor, None if factor is None else torch.zeros_like(factor))
+
+
+def _sums(image: Image | None, product: Product | None) -> Tensor | None:
+    """Return what stands for the sums of an image, if the engine that reads it returns them."""
+    if image is None or product is None:
+        return None
+    if product.transposed or not ENGINES[product.engine].FUSES:
+        image.alone()
+        return None
+    return image.sums
+
+
+def _tables(image: Image | None) -> tuple[Tensor | None, ...]:
+    if image is None:
+        return (None,) * 6
+    return *_tensors(image.prologue), image.centre
+
+
+def _tensors(prologue: Prologue) -> tuple[Tensor | None, ...]:
+    s1, t1, _, slope, s2, t2 = prologue
+    return s1, t1, slope, s2, t2
+
+
+def _track(norm: Normalization, tables: Tables, like: Tensor) -> None:
+    """Tell whoever keeps running statistics of those that were found."""
+    if norm.track is None:
+        return
+    pool, (n, c) = norm.pool, like.shape[:2]
+    with torch.no_grad():
+        if pool.process_group is not None:
+            norm.track(Moments(tables.mean_of_all, tables.var_of_all), tables.unbiased)  # type: ignore
+            return
+        members = {"group": c // pool.groups, "batch": n}.get(pool.kind, 1)
+        count = math.prod(like.shape[2:]) * members
+        norm.track(Moments(tables.mean, tables.var), count / max(count - 1, 1))  # type: ignore

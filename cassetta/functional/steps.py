@@ -1,0 +1,204 @@
+"""Steps between two convolutions, norm, channel dropout and activation, as one transform.
+
+Every chain of at most one norm and one activation, with dropout anywhere, amounts to
+
+    z = s2 act(s1 x + t1) + t2          scales and shifts (N, C)
+
+`Steps` says what is to be done to an image, `prepared` and `normalized` find those tables, and
+`gradients` turns the gradient of z into those of x and of the parameters, in two passes over it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cassetta.functional.norm import Normalization, norm_gradients, standardize
+from cassetta.kernels import ops
+from cassetta.kernels.activations import BY_RESULT, told_by_result
+from cassetta.kernels.types import NOTHING, Activation, Moments, Prologue
+
+
+class Steps(NamedTuple):
+    """What is to be done to an image."""
+
+    word: str = ""  # in which order: n, a norm, and a, an activation
+    activation: Activation = Activation()  # immutable
+    weight: Tensor | None = None  # (C,) or (1,), of PReLU
+    norm: Normalization | None = None
+    factors: tuple[Tensor | None, ...] = (None, None, None)  # (N, C), after so many letters
+
+    def are_none(self) -> bool:
+        """Tell whether nothing is to be done."""
+        return not self.word and self.factors[0] is None
+
+    def scaled(self, factor: Tensor) -> Steps:
+        """Add a multiplication of channels by a factor (N, C) without gradient, as dropout does."""
+        n, found = len(self.word), list(self.factors)
+        before = found[n]
+        found[n] = factor if before is None else before * factor
+        return self._replaced(factors=tuple(found))
+
+    def activated(self, activation: Activation, weight: Tensor | None) -> Steps:
+        """Add an activation."""
+        word = self.word + "a"
+        return self._replaced(word=word, activation=activation, weight=weight)
+
+    def normalized(self, norm: Normalization) -> Steps:
+        """Add a norm."""
+        return self._replaced(word=self.word + "n", norm=norm)
+
+    def _replaced(self, **changes: Any) -> Steps:  # (torch 2.8 traces no `_replace`)
+        now = {name: changes.get(name, one) for name, one in zip(self._fields, self, strict=True)}
+        return Steps(**now)
+
+    def are_known(self) -> bool:
+        """Tell whether no statistics are to be computed first."""
+        return self.norm is None or self.norm.fixed is not None
+
+    def are_told(self) -> bool:
+        """Tell whether the result of the activation is all that its gradient needs."""
+        return self.word == "a" and told_by_result(self.activation)
+
+    def moments_of(self) -> Activation | None:
+        """Name the function of an image whose moments its norm needs; None for none.
+
+        A factor before an activation, and what PReLU learns, are not known to a product.
+        """
+        if self.are_known():
+            return None
+        if self.word[0] == "n":
+            return Activation()
+        is_plain = self.factors[0] is None and self.activation.name != "prelu"
+        return self.activation if is_plain else None
+
+    def parameters(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return gamma, beta and the weight of PReLU, which may need gradients."""
+        gamma, beta = (None, None) if self.norm is None else self.norm[:2]
+        return gamma, beta, self.weight
+
+
+class Tables(NamedTuple):
+    """What steps amount to: tables (N, C), each of which may be absent."""
+
+    s1: Tensor | None = None
+    t1: Tensor | None = None
+    slope: Tensor | None = None
+    s2: Tensor | None = None
+    t2: Tensor | None = None
+    mean: Tensor | None = None  # of the norm, as it is pooled
+    var: Tensor | None = None
+    rstd: Tensor | None = None
+    centre: Tensor | None = None  # of the sums that its gradient asks for
+    before: Tensor | None = None  # a factor before the norm
+    after: Tensor | None = None  # a factor after it
+    mean_of_all: Tensor | None = None  # (1, C), where other processes share the statistics
+    var_of_all: Tensor | None = None
+    unbiased: Tensor | None = None  # by what that variance is multiplied to be unbiased
+
+    def prologue(self, activation: Activation) -> Prologue:
+        """Return the transform that makes z."""
+        return Prologue(self.s1, self.t1, activation, self.slope, self.s2, self.t2)
+
+
+def prepared(x: Tensor, steps: Steps) -> Tables:
+    """Find what steps on an image x (N, C, *X) amount to, but for what depends on its values."""
+    word, _, weight, norm, factors = steps
+    n, c = x.shape[:2]
+    slope = before = after = None
+    if weight is not None:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        slope = weight.detach().to(dtype).expand(n, c).contiguous()
+    place = word.find("n")
+    if norm is not None:
+        before, after = factors[place : place + 2]
+    s1, t1 = _affine(None if place == 0 else factors[0])
+    s2, t2 = _affine(factors[2] if word == "na" else factors[1] if word == "a" else None)
+    tables = Tables(s1, t1, slope, s2, t2, before=before, after=after)
+    if norm is None or norm.fixed is None:
+        return tables
+    return completed(tables, word, normalized(x, steps, tables, None))
+
+
+def _affine(factor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    return factor, None if factor is None else torch.zeros_like(factor)
+
+
+def normalized(
+    x: Tensor, steps: Steps, tables: Tables, own: Moments | None
+) -> tuple[Tensor | None, ...]:
+    """Find what the norm amounts to, on an image x; `own` are the moments it needs, if known."""
+    norm, after = steps.norm, tables.after
+    assert norm is not None
+    if norm.fixed is None and own is None:
+        is_inner = steps.word[0] == "n"
+        own = ops.moments(x, NOTHING if is_inner else tables.prologue(steps.activation))
+    scale, shift, *others = standardize(x, own, tables.before, norm)
+    if after is not None:
+        scale, shift = after * scale, after * shift  # type: ignore[operator]
+    return scale, shift, *others
+
+
+def completed(tables: Tables, word: str, found: Sequence[Tensor | None]) -> Tables:
+    """Return tables with what `normalized` found."""
+    s1, t1, slope, s2, t2, *_ = tables
+    if word[0] == "n":
+        s1, t1 = found[:2]
+    else:
+        s2, t2 = found[:2]
+    mean, var, rstd, centre, *of_all = found[2:]
+    factors = tables.before, tables.after
+    return Tables(s1, t1, slope, s2, t2, mean, var, rstd, centre, *factors, *of_all)
+
+
+def gradients(
+    g: Tensor, sums: Tensor | None, x: Tensor, steps: Steps, tables: Tables,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Return the gradients of x, gamma, beta and PReLU's weight that are needed.
+
+    Parameters
+    ----------
+    g : (N, C, *X) tensor
+        The gradient of z.
+    sums : (2, N, C) tensor, optional
+        The first two `prologue_sums` of g, where its readers computed them all.
+    x : (N, C, *X) tensor
+        The image that the steps are done to; g itself will do where only its shape matters.
+    """
+    dx = dgamma = dbeta = dweight = fold = None
+    prologue, norm = tables.prologue(steps.activation), steps.norm
+    outer = steps.word == "an"
+    if norm is not None and (norm.fixed is None or needs[1] or needs[2]):
+        centre = tables.centre
+        assert centre is not None
+        if sums is None:
+            sums = ops.prologue_sums(g, x, prologue, centre, None, outer)
+        dgamma, dbeta, fold = norm_gradients(norm, tables, sums, math.prod(x.shape[2:]))
+    if needs[3]:  # after the norm, which has its share in the gradient of what precedes it
+        weight = steps.weight
+        assert weight is not None
+        assert tables.slope is not None
+        around = torch.zeros_like(tables.slope)
+        dslope = ops.prologue_sums(g, x, prologue, around, fold if outer else None, outer)[2]
+        dweight = dslope.sum(0) if weight.numel() > 1 else dslope.sum().reshape(1)
+    if needs[0]:
+        dx = ops.prologue_dgrad(g, x, prologue, fold, outer)
+    return dx, dgamma, dbeta, dweight
+
+
+def gradient_by_result(g: Tensor, z: Tensor, steps: Steps) -> Tensor:
+    """Return the gradient of x where z = f1 act(f0 x) alone is kept, with factors f, as f1 is not.
+
+    z is act(f0 x), and g the gradient of f1 times that.
+    """
+    f0, f1, _ = steps.factors
+    factor = f1 if f0 is None else f0 if f1 is None else f0 * f1
+    shift = None if factor is None else torch.zeros_like(factor)
+    name, p, q = steps.activation
+    prologue = Prologue(activation=Activation(BY_RESULT[name], p, q), s2=factor, t2=shift)
+    return ops.prologue_dgrad(g, z, prologue, None, False)

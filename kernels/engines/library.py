@@ -1,0 +1,64 @@
+"""Torch's convolutions (cuDNN's, on a GPU), in any geometry; passes build what they read.
+
+Two images are concatenated for the product, and nothing of that is kept. Backward, one is read
+after the other, so that no operand is ever as large as both.
+"""
+
+from torch import Tensor
+
+from cassetta.kernels import library, ops
+from cassetta.kernels.types import NOTHING, Activation, Geometry, Moments, Prologue
+
+FUSES = False
+
+
+def supports(geometry: Geometry, taps: tuple[int, ...]) -> str | None:
+    """Explain why a convolution cannot be computed; None, for all can."""
+    return None
+
+
+def is_last(x_is_last: bool, w: Tensor) -> bool:
+    """Tell whether a result is channels last: cuDNN's is where the image or the weights are."""
+    return x_is_last or (w.shape[1] > 1 and w.stride(1) == 1 and w[0, 0].numel() > 1)
+
+
+def fprop(
+    x: Tensor, p: Prologue, x2: Tensor | None, p2: Prologue, w: Tensor, b: Tensor | None,
+    geometry: Geometry, epilogue: Prologue = NOTHING, residual: Tensor | None = None,
+    moments_of: Activation | None = None,
+) -> tuple[Tensor, Moments | None]:  # fmt: skip
+    """Convolve z, and z2 as further channels: y (N, K, *Y), and no moments."""
+    z = _operand(x, p, w) if x2 is None else ops.concatenate(x, p, x2, p2, w.dtype)
+    return library.conv(z, w, b, geometry), None
+
+
+def dgrad(
+    g: Tensor, w: Tensor, geometry: Geometry, x: Tensor, p: Prologue = NOTHING,
+    centre: Tensor | None = None, outer: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Return the gradient of z, given that of y, g (N, K, *Y); and no sums."""
+    like = x.to(w.dtype)  # for its shape and layout
+    dz, _, _ = library.conv_backward(g, like, w, None, geometry, (True, False, False))
+    assert dz is not None
+    return dz, None
+
+
+def wgrad(
+    g: Tensor, x: Tensor, p: Prologue, w: Tensor, b: Tensor | None, geometry: Geometry,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Return the gradients of w and b that are needed."""
+    z = _operand(x, p if needs[0] else NOTHING, w)
+    return library.conv_backward(g, z, w, b, geometry, (False, *needs))[1:]
+
+
+def transposed(
+    x: Tensor, p: Prologue, w: Tensor, b: Tensor | None, geometry: Geometry,
+    epilogue: Prologue = NOTHING, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Convolve z (N, K, *Y) by the adjoint: (N, C, *(Y stride))."""
+    return library.conv_transposed(_operand(x, p, w), w, b, geometry, (0,) * (x.ndim - 2))
+
+
+def _operand(x: Tensor, p: Prologue, w: Tensor) -> Tensor:
+    return x.to(w.dtype) if p.is_identity() else ops.materialize(x, p, None, w.dtype)
