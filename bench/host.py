@@ -3,12 +3,12 @@
     make bench-host                                            # all of it
     make bench-host HOST='--block "cndax batch" --rounds 3'    # a part
 
-Python, allocation and launches are real, by a CUDA driver that does nothing (`libcuda.c`); tensors
-of the CPU pass for those of a GPU of capability 9.0 (`machine.stand_in`), and no kernel runs. In
-turns with plain torch modules (eager) on the same parameters. Their operators run on the CPU, on
-few voxels, as do the convolutions of the engine `library`; so there is some arithmetic in these
-figures, and what a GPU adds is not: the host's time of cuDNN and of the driver, and backward in a
-thread of its own.
+Python, autograd and launches are real, by a CUDA driver that does nothing (`libcuda.c`); tensors of
+the CPU pass for those of a GPU of capability 9.0 (`machine.stand_in`), and no kernel runs. In turns
+with plain torch modules (eager) on the same parameters. Their operators run on the CPU, on few
+voxels, as do the convolutions of the engine `library`; so there is some arithmetic in these
+figures, and what a GPU adds is not: the host's time of its allocator, of cuDNN and of the driver,
+and backward in a thread of its own.
 
 A figure is CPU time of this thread, the 20th percentile of all rounds. That of a block is a quarter
 of what a chain of 6 takes beyond a chain of 2; that of a network is a whole one.
