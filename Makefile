@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check bench docs clean test-gpu bench-gpu test-simulated test-versions
+.PHONY: demo test check bench bench-host docs clean test-gpu bench-gpu test-simulated test-versions
 
 demo: $(VENV)/.demo
 	$(BIN)/cassetta demo
@@ -43,6 +43,10 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m pytest bench -o python_files='bench_*.py' --benchmark-group-by=group \
 		--benchmark-columns=median,iqr,rounds --benchmark-sort=name --benchmark-max-time=0.4
 	$(BIN)/python -m cassetta bench --budget $(BUDGET)
+
+# What the host does for a block, without a GPU; HOST='--block UNet --rounds 3' for a part of it.
+bench-host: $(VENV)/.bench
+	PYTHONPATH=.:$$PYTHONPATH OMP_NUM_THREADS=1 $(BIN)/python bench/host.py $(HOST)
 
 # On a GPU, with the packages that PYTHON has, or that lie in a folder named by PYTHONPATH, offline:
 # both stop after BUDGET seconds, as does the second half of `bench`, and go on where they stopped when

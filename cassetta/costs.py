@@ -9,17 +9,18 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from cassetta.functional.launch import Launch
 from cassetta.layers import ConvBlock
 from cassetta.layers.updown import Level
 from cassetta.rehearsal import Input, Rehearsal
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 FOOTER = """\
 kept: for backward, in plain PyTorch; fused: where all blocks that can be are (backend 'triton')
@@ -91,6 +92,8 @@ class Summary(Sequence[Row]):
         return sum(row.fused_bytes for row in self.rows)
 
     def __str__(self) -> str:
+        from rich.console import Console  # which takes long, and few need
+
         sums = self.parameters, self.flops, self.kept_bytes, self.fused_bytes
         blocks = _table("block", "kind", "shape", "parameters", "GFLOP", "kept MiB", "fused MiB")
         for row in [*self.rows, Row("total", "", (), *sums)]:
@@ -112,8 +115,10 @@ class Summary(Sequence[Row]):
         return "\n".join([*lines, "", FOOTER])
 
 
-def _table(*columns: str) -> Table:
+def _table(*columns: str) -> "Table":
     """An empty one; three columns of words, and numbers from there on."""
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False)
     for n, name in enumerate(columns):
         table.add_column(name, justify="left" if n < 3 else "right")

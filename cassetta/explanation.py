@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from cassetta.layers import fusing
@@ -38,6 +36,9 @@ class Explanation(Sequence[Engine]):
         return len(self.rows)
 
     def __str__(self) -> str:
+        from rich.console import Console  # which takes long, and few need
+        from rich.table import Table
+
         table = Table(box=None, pad_edge=False)
         for name in Engine._fields:
             table.add_column("block" if name == "name" else name)

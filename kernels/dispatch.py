@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from cassetta.kernels import configs, evidence, library, machine, reference
+from cassetta.kernels.machine import INTERPRET, is_interpreted
 
 BACKENDS = ("auto", "triton", "reference")
 ENVIRONMENT = "CASSETTA_BACKEND"
-INTERPRET = "TRITON_INTERPRET"
 
 SMALL = 2**21
 """Images with fewer elements stay with plain PyTorch in "auto": a kernel is not faster than the
@@ -224,7 +224,7 @@ def _why_not_for(x: Tensor) -> str | None:
         return f"the image is in {str(x.dtype).removeprefix('torch.')}"
     if (why := why_too_large(x.shape[2:])) is not None:
         return why
-    if x.device.type == "cpu" and not _forced and backend() != "triton":
+    if not machine.is_gpu(x.device) and not _forced and backend() != "triton":
         return "the image is on the CPU"  # where a kernel could be interpreted, which nobody wants
     return None
 
@@ -234,8 +234,8 @@ def why_not_on(device: torch.device) -> str | None:
 
     CUDA is queried only if the device is a GPU, and then only about that GPU.
     """
-    interpreted = is_interpreted()
-    if device.type == ("cpu" if interpreted else "cuda"):
+    if device.type == machine.kernels_on():
+        interpreted = not machine.is_gpu(device)
         return _why_never(interpreted) or (None if interpreted else _why_not_gpu(device))
     if device.type == "cuda":
         return f"{INTERPRET}=1 runs kernels on the CPU only"
@@ -287,11 +287,6 @@ def _why_not_importable() -> str | None:
     except Exception as error:  # a broken installation is as good as none
         return f"triton cannot be imported ({error}): pip install triton, on Linux"
     return None
-
-
-def is_interpreted() -> bool:
-    """Whether Triton kernels run on the CPU, by its interpreter."""
-    return os.environ.get(INTERPRET, "") in ("1", "true", "True", "on")
 
 
 def implementation() -> ModuleType:

@@ -1,16 +1,20 @@
-"""The GPUs of this machine: the only queries of what a GPU is, made once for each.
+"""The GPUs of this machine, and the device that kernels run on: all that is asked of CUDA.
 
 CUDA is queried where an image lies on a GPU, or where a command reports on the machine, as
 `cassetta doctor` does; never at import, and never for work on the CPU. A query starts CUDA, which
 fails in a process that was forked from one that uses CUDA, and while another process holds the GPU
-exclusively.
+exclusively. What a GPU is, is asked once for each.
 """
 
 import ctypes
 import functools
+import os
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
+INTERPRET = "TRITON_INTERPRET"
 
 
 class Gpu(NamedTuple):
@@ -23,8 +27,34 @@ class Gpu(NamedTuple):
     shared: int  # bytes of shared memory that one program may use
 
 
+stand_in: Gpu | None = None
+"""For measurements of the host (`bench/host.py`): the GPU that the CPU passes for."""
+
+
+def is_interpreted() -> bool:
+    """Whether Triton kernels run on the CPU, by its interpreter."""
+    return os.environ.get(INTERPRET, "") in ("1", "true", "True", "on")
+
+
+def kernels_on() -> str:
+    """Return the type of device that kernels run on: "cpu" if they are interpreted, or stood in."""
+    return "cpu" if stand_in or is_interpreted() else "cuda"
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Tell whether `device` is a GPU, or passes for one."""
+    return device.type == "cuda" or (stand_in is not None and device.type == "cpu")
+
+
+def guard(x: Tensor) -> torch.cuda.device:
+    """Return a context in which the GPU of x is the current one; elsewhere it does nothing."""
+    return torch.cuda.device_of(x)
+
+
 def gpu(device: torch.device) -> Gpu:
     """Describe the GPU of `device`. What CUDA raises is raised, and the next call queries again."""
+    if stand_in is not None:
+        return stand_in
     index = device.index
     return _gpu(torch.cuda.current_device() if index is None else index)
 
@@ -42,8 +72,8 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 def shared_memory(device: torch.device) -> int:
-    """Return the bytes of shared memory that one program may use on the GPU of `device`."""
-    return gpu(device).shared
+    """Return the bytes of shared memory that a program may use there; 0 if that is not known."""
+    return gpu(device).shared if is_gpu(device) else 0
 
 
 @functools.cache

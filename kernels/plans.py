@@ -180,7 +180,7 @@ def fitting(what: Product, device: torch.device) -> tuple[Any, ...]:
 
     GeForce GPUs, A10, L4 and the like have 99 KB for a program, A100 163, H100 and B200 227.
     """
-    most = machine.shared_memory(device) if device.type == "cuda" else 0
+    most = machine.shared_memory(device)
     return within(what.plans, what.dtype.itemsize, most) if most else what.plans
 
 

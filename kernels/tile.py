@@ -6,16 +6,14 @@ strides: of samples, channels and voxels; so one kernel serves channels-first (t
 """
 
 import math
-from contextlib import nullcontext
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cassetta.kernels import boxes, layout
+from cassetta.kernels import boxes, layout, machine
 from cassetta.kernels.boxes import Box
 from cassetta.kernels.configs import Config, GemmConfig, PoolConfig, WgradConfig
 
@@ -306,5 +304,5 @@ def launch(kernel: Any, x: Tensor, config: AnyConfig, *args: Any, **constants: A
     """Start the kernel on the device of x, which need not be the current one."""
     if config.programs:
         constants |= {**config.blocks, **config.options, **OPTIONS}
-        with torch.cuda.device_of(x) if x.is_cuda else nullcontext():
+        with machine.guard(x):
             kernel[(config.programs,)](*args, **constants)

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import libcuda
+
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="there is a GPU: no need to pretend"
@@ -31,14 +33,11 @@ def driver(tmp_path_factory):
                 f"there is no `{name}`, the compiler of {language}, to build the null driver"
             )
     folder = tmp_path_factory.mktemp("driver")
-    shared, named = ["-shared", "-fPIC", "-o"], "-Wl,-soname,libcuda.so.1"
-    library, source = folder / "libcuda.so.1", HERE / "libcuda.c"
-    subprocess.run(["cc", *shared, library, named, source], check=True)
-    (folder / "libcuda.so").symlink_to(library)  # by which triton's launcher is linked
+    libcuda.build(folder)
     include, lib = f"-I{TORCH / 'include'}", TORCH / "lib"
     linked = [f"-L{lib}", f"-Wl,-rpath,{lib}", "-ltorch_cpu", "-lc10"]
     guard = ["-std=c++20", include, HERE / "guard.cpp", *linked]
-    subprocess.run(["c++", *shared, folder / "guard.so", *guard], check=True)
+    subprocess.run(["c++", "-shared", "-fPIC", "-o", folder / "guard.so", *guard], check=True)
     return folder
 
 

@@ -161,3 +161,25 @@ def test_the_driver(monkeypatch):
     monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: types.SimpleNamespace())
     assert machine.driver() == "unknown"
     machine.driver.cache_clear()
+
+
+def test_the_cpu_stands_in_for_a_gpu(monkeypatch):
+    """As `bench/host.py` has it: kernels are chosen, and CUDA is asked nothing."""
+    x, cpu, gpu = torch.ones(1, 8, 4, 4), torch.device("cpu"), torch.device("cuda", 0)
+    monkeypatch.delenv(machine.INTERPRET, raising=False)
+    monkeypatch.setattr(dispatch, "SMALL", 0)
+    monkeypatch.setattr(dispatch, "_why_not_importable", lambda: None)
+    assert (machine.kernels_on(), machine.is_gpu(cpu), machine.shared_memory(cpu)) == (
+        "cuda", False, 0,
+    )  # fmt: skip
+    assert dispatch.why_reference(x) == "the image is on the CPU"
+    old, new = (machine.Gpu("null", version, 2**34, 2**22, 2**17) for version in ((7, 5), (9, 0)))
+    monkeypatch.setattr(machine, "stand_in", new)
+    assert machine.kernels_on() == "cpu"
+    assert machine.is_gpu(cpu)
+    assert machine.shared_memory(cpu) == 2**17
+    assert machine.capability(cpu) == (9, 0)
+    assert dispatch.why_reference(x) is None
+    assert dispatch.why_not_on(gpu)
+    monkeypatch.setattr(machine, "stand_in", old)
+    assert dispatch.why_reference(x) == "this GPU has compute capability 7.5, and 8.0 is needed"

@@ -17,12 +17,12 @@ keeps nothing but the matrix for backward, and is differentiable any number of t
 from collections.abc import Sequence
 from typing import Any
 
-import interpol
 import torch
 from bounds import BoundType as Bound, to_int
 from torch import Tensor
 from torch.autograd import Function
 
+from cassetta.core.later import interpol
 from cassetta.functional.deferred import Deferred
 from cassetta.functional.nodes import first_order
 from cassetta.kernels import layout, ops, reference
@@ -47,7 +47,7 @@ def resize(
     if not inp.is_floating_point():
         options: dict[str, Any] = {"interpolation": interpolation, "prefilter": prefilter}
         options.update(factor=factor, shape=shape, anchor=anchor, bound=bound)
-        return interpol.resize(inp, **options, extrapolate=extrapolate)
+        return interpol().resize(inp, **options, extrapolate=extrapolate)
     sizes = inp.shape[2:]
     zooms = factor or [new / old for new, old in zip(shape or (), sizes, strict=True)]
     lengths = shape or [_scaled(size, zoom) for size, zoom in zip(sizes, zooms, strict=True)]
@@ -104,7 +104,7 @@ def _splines(
     """The matrix (length, size) of any spline interpolation."""
     identity = torch.eye(size, dtype=where.dtype, device=where.device)[None]
     grid = where[None, :, None]
-    columns = interpol.grid_pull(identity, grid, order, bound.name, extrapolate, prefilter)
+    columns = interpol().grid_pull(identity, grid, order, bound.name, extrapolate, prefilter)
     return columns[0].T
 
 

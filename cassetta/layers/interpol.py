@@ -7,11 +7,11 @@ Spatial dimensions follow the channels everywhere: images (B, C, *size), coordin
 from collections.abc import Sequence
 from typing import Any
 
-import interpol
 from torch import Tensor, nn
 
 from cassetta import functional
 from cassetta.core import check
+from cassetta.core.later import interpol
 from cassetta.core.typing import BoundType, InterpolationType, OneOrSeveral
 
 _ORDERS = ["nearest", "linear", "quadratic", "cubic", "fourth", "fifth", "sixth", "seventh"]
@@ -86,7 +86,7 @@ class GridPull(_Sampler):
         An integer image is a label map: every label is sampled, and the strongest wins.
         """
         self._check(input, grid, same_size=False)
-        return interpol.grid_pull(input, grid.movedim(1, -1), **self._options())
+        return interpol().grid_pull(input, grid.movedim(1, -1), **self._options())
 
 
 class FlowPull(GridPull):
@@ -103,7 +103,7 @@ class GridPush(_Sampler):
     def forward(self, input: Tensor, grid: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         """input (B, C, *size), grid (B, ndim, *size) -> (B, C, *shape); `shape` defaults to size"""
         self._check(input, grid, same_size=True)
-        return interpol.grid_push(input, grid.movedim(1, -1), shape, **self._options())
+        return interpol().grid_push(input, grid.movedim(1, -1), shape, **self._options())
 
 
 class FlowPush(GridPush):
@@ -118,7 +118,7 @@ def _displaced(flow: Tensor) -> Tensor:
     """Coordinates (B, ndim, *size) of the voxels that a displacement field points to."""
     ndim = check.any_image(flow, "flow")
     check.image(flow, ndim, ndim, "flow")
-    return interpol.add_identity_grid(flow.movedim(1, -1)).movedim(-1, 1)
+    return interpol().add_identity_grid(flow.movedim(1, -1)).movedim(-1, 1)
 
 
 class _Scaler(nn.Module):
@@ -258,7 +258,7 @@ class Restrict(_Scaler):
                     f"factor={arguments['factor']} makes {tuple(shape)} voxels of {tuple(size)}: "
                     f"too few for anchor={arguments['anchor']!r}"
                 )
-        return interpol.restrict(input, **arguments)
+        return interpol().restrict(input, **arguments)
 
 
 class ResizeFlow(Resize):
@@ -309,7 +309,7 @@ class ValueToCoeff(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """values (B, C, *size) -> coefficients (B, C, *size)"""
         check.any_image(input, "input")
-        return interpol.spline_coeff_nd(input, self.interpolation, self.bound, dim=input.ndim - 2)
+        return interpol().spline_coeff_nd(input, self.interpolation, self.bound, dim=input.ndim - 2)
 
 
 class CoeffToValue(ValueToCoeff):
@@ -318,8 +318,8 @@ class CoeffToValue(ValueToCoeff):
     def forward(self, input: Tensor) -> Tensor:
         """coefficients (B, C, *size) -> values (B, C, *size)"""
         check.any_image(input, "input")
-        grid = interpol.identity_grid(input.shape[2:], dtype=input.dtype, device=input.device)
-        return interpol.grid_pull(input, grid, self.interpolation, self.bound, extrapolate=True)
+        grid = interpol().identity_grid(input.shape[2:], dtype=input.dtype, device=input.device)
+        return interpol().grid_pull(input, grid, self.interpolation, self.bound, extrapolate=True)
 
 
 class FlowExp(nn.Module):

@@ -4,9 +4,12 @@ import contextlib
 import math
 import time
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
-from rich.table import Table
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 ALL = "all engines"
 """The row of seconds that belong to no single engine."""
@@ -85,8 +88,10 @@ class Budget:
         for whom, one in parts:
             self.add(what, whom, seconds * one / whole if whole else seconds / len(parts))
 
-    def table(self) -> Table:
+    def table(self) -> "Table":
         """Tabulate where the seconds went: a row per engine, a column per activity."""
+        from rich.table import Table  # which takes long, and few need
+
         whole = time.monotonic() - self.start
         title = f"where {whole:.0f} s went" + (
             "" if math.isinf(self.seconds) else f", of {round(self.seconds, 1):g} s"

@@ -19,9 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor, nn
 
 from cassetta import functional
@@ -73,6 +70,9 @@ class Tuning(Sequence[Found]):
         return not self.left
 
     def __str__(self) -> str:
+        from rich.console import Console  # which takes long, and few need
+        from rich.table import Table
+
         table = Table(box=None, pad_edge=False)
         for name in ("block or pass", "fastest", "evidence"):
             table.add_column(name, overflow="fold")
@@ -127,6 +127,8 @@ def tune(
         `.budget.table()`, which tells where the time went; and `.reason` if there was nothing to
         choose.
     """
+    from rich.progress import Progress  # which takes long, and few need
+
     if not inputs:
         raise ValueError("inputs=() is empty: give what the network is called with")
     seconds, device = Budget(budget), inputs[0].device

@@ -1,9 +1,9 @@
 """A machine that says it has GPUs: tensors of the CPU pass for theirs, and no kernel is run.
 
 Real are all of cassetta, the Python of `torch.cuda`, Triton's compiler and its compiled launcher.
-Stand-ins are libcuda (`libcuda.c`); of torch's C++, what asks a GPU (`guard.cpp`, and functions
-here); the device that a tensor names, and the one on which it is made. So what a kernel would have
-written is not initialized, and nothing may be said of it but its shape.
+Stand-ins are libcuda (`bench/libcuda.c`); of torch's C++, what asks a GPU (`guard.cpp`, and
+functions here); the device that a tensor names, and the one on which it is made. So what a kernel
+would have written is not initialized, and nothing may be said of it but its shape.
 
 A plugin of pytest, which changes the process for good: `tests/test_cuda_machine.py` starts one.
 """
