@@ -5,8 +5,6 @@ so what is compiled is, argument for argument, what a real call would run.
 """
 
 import functools
-import itertools
-import math
 import re
 import shutil
 import subprocess
@@ -28,29 +26,14 @@ from cassetta.kernels import (
     boxes,
     buffers,
     configs,
-    conv_dgrad,
-    conv_fprop,
-    conv_wgrad,
-    finalize,
     layout,
+    ops,
     plans,
-    pointwise,
-    pool,
     precision,
-    reductions,
-    resize,
     tile,
 )
-from cassetta.kernels.types import (
-    NOTHING,
-    Activation,
-    Fold,
-    Geometry,
-    Grid,
-    Moments,
-    Pooling,
-    Prologue,
-)
+from cassetta.kernels.examples import Sample, transform
+from cassetta.kernels.types import Activation, Geometry
 
 SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 """Bytes of shared memory that one program may use, by compute capability."""
@@ -132,11 +115,8 @@ def check(arch: int, part: bool = False) -> Iterator[Report]:
         case = f"{str(dtype).removeprefix('torch.')} {activation} {kind}"
         plan = plans.PLANS[n // 4 % len(plans.PLANS)]  # with every other choice
         with recorded(arch, f"{case}, {plan}", reports), plans.use_plan(plan):
-            _run_passes(_image(dtype, kind), activation, full=n % 2 == 0, after=n % 4 < 2)
-            _run_pools(_image(dtype, kind), activation, full=n % 2 == 0, large=n % 4 < 2)
-            _run_interpolation(_image(dtype, kind), activation, full=n % 2 == 0)
-            if activation == "identity":
-                _run_norms(dtype)
+            wanted = ("images", "tables") if activation == "identity" else ("images",)
+            run(sample(dtype, kind, activation, full=n % 2 == 0, other=n % 4 < 2), *wanted)
         yield from reports
     for n, dtype in enumerate(configs.dtypes()):
         if dtype in dtypes:
@@ -166,7 +146,7 @@ def _check_convolutions(arch: int, dtype: torch.dtype, n: int) -> Iterator[Repor
         with recorded(arch, case, reports), plans.use_plan(*pair), exact:
             full, names = (n + m) % 2 == 0, activations.NAMES
             name = _HEAVIEST[m // 2 % 2] if full else names[(n * 5 + m) % len(names)]
-            _run_convolutions(dtype, channels, name, full, wide=m % 3 == 2)
+            run(_words(dtype, channels, name, full, wide=m % 3 == 2), "products")
         yield from reports
 
 
@@ -195,99 +175,33 @@ _SHAPES = {
 }
 
 
-def _image(dtype: torch.dtype, layout: str) -> Tensor:
-    x = torch.empty(_SHAPES[layout], dtype=dtype, device="meta")
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if "channels-last" in layout else x
+def run(one: Sample, *wanted: str) -> None:
+    """Launch the passes of these names, or on what is so named, with their examples."""
+    for name, record in ops.PASSES.items():
+        if name in wanted or record.of in wanted:
+            for arguments in record.examples(one):
+                record.launched()(*arguments)
 
 
-def _pending(x: Tensor, name: str, full: bool) -> tuple[Tensor, Prologue]:
-    """A table for x, and a transform with this activation, and with all else that it may hold."""
-    one = torch.empty(x.shape[:2], dtype=torch.float32, device="meta")
-    tables = (one, one) if full else (None, None)
-    slope = one if name == "prelu" else None
-    return one, Prologue(*tables, Activation(name, 1.0, 20.0), slope, *tables)
+def sample(dtype: torch.dtype, kind: str, activation: str, full: bool, other: bool) -> Sample:
+    """An image of a kind in `_SHAPES`, without data, and a transform with this activation."""
+
+    def image(shape: tuple[int, ...]) -> Tensor:
+        x = torch.empty(shape, dtype=dtype, device="meta")
+        return x.movedim(1, -1).contiguous().movedim(-1, 1) if "channels-last" in kind else x
+
+    table = functools.partial(torch.empty, dtype=torch.float32, device="meta")
+    shape, one = _SHAPES[kind], Activation(activation, 1.0, 20.0)
+    pending = lambda c: transform(table(shape[0], c), one, full)  # noqa: E731
+    return Sample(shape, image, table, pending, full, other, shape[1])
 
 
-def _run_passes(x: Tensor, name: str, full: bool, after: bool) -> None:
-    one, p = _pending(x, name, full)
-    fold = Fold(one, one, one) if full else None
-    reductions.moments(x, p)
-    pointwise.materialize(x, p, x if full else None, x.dtype)
-    pointwise.concatenate(x, p, x, p, x.dtype)
-    reductions.materialize_moments(x, p, x if full else None, x.dtype)
-    reductions.prologue_sums(x, x, p, one, fold, after)
-    pointwise.prologue_dgrad(x, x, p, fold, after)
-    by_result = activations.BY_RESULT.get(name, name)
-    if by_result != name:
-        q = Prologue(activation=Activation(by_result, 1.0, 20.0), s2=p.s2, t2=p.t2)
-        pointwise.prologue_dgrad(x, x, q, None, False)
-
-
-def _run_pools(x: Tensor, name: str, full: bool, large: bool) -> None:
-    """By windows of two; or by `large` ones, whose voxels a byte does not count."""
-    _, p = _pending(x, name, full)
-    window = ((257, 17, 7)[x.ndim - 3] if large else 2,) * (x.ndim - 2)
-    y, where = pool.max_pool(x, p, window)
-    pool.max_pool_dgrad(y, where, window, tuple(x.shape[2:]))
-
-
-def _run_interpolation(x: Tensor, name: str, full: bool) -> None:
-    """Of an image that is doubled, or halved if it is large."""
-    _, p = _pending(x, name, full)
-    step = 2.0 if x.numel() > 2**31 else 0.5
-    old = tuple(x.shape[2:])
-    size = tuple(math.ceil(n / step) for n in old)
-    grid = Grid((0.5,) * len(size), (step,) * len(size), (-0.5,) * len(size))
-    resize.resize_dgrad(resize.resize(x, p, size, grid), old, grid)
-
-
-def _run_convolutions(
-    dtype: torch.dtype, c: int, name: str, full: bool, wide: bool = False
-) -> None:
-    """Of one tap and of 27, halving and doubling; with all that may be fused, and without.
-
-    If `wide`, of images whose samples have more than 2^31 elements.
-    """
-
-    def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=kind, device="meta")
-
-    size = (1024, 1024, 544) if wide else (32, 32, 32)
-    x = layout.empty((1, c, *size), dtype, "meta")
-    one, p = _pending(x, name, True)
-    of = None if p.slope is not None else p.activation
-    half = layout.empty((1, c, *(n // 2 for n in size)), dtype, "meta")
-    epilogue, residual, bias = (p, x, empty(c)) if full else (NOTHING, None, None)
-    for taps in ((1, 1, 1), (3, 3, 3)):
-        same = Geometry((1, 1, 1), tuple((t // 2, t // 2) for t in taps), (1, 1, 1))
-        pending = p if taps == (1, 1, 1) else NOTHING
-        one_image, two_images = (empty(c, c, *taps), None), (empty(c, 2 * c, *taps), x)
-        w, x2 = two_images if full else one_image
-        conv_fprop.conv_fprop(x, pending, w, bias, same, x2, epilogue, residual, None)
-        w, x2 = one_image if full else two_images
-        conv_fprop.conv_fprop(x, pending, w, bias, same, x2, moments_of=of)
-        asked = (x, p, one, full) if full else ()
-        conv_dgrad.conv_dgrad(x, empty(c, c, *taps), same, size, *asked)
-        conv_wgrad.conv_wgrad(x, x, pending, taps, same)
-    two = Geometry((2, 2, 2), ((0, 0),) * 3, (1, 1, 1))
-    w = empty(c, c, 2, 2, 2)
-    conv_fprop.conv_fprop(x, p if full else NOTHING, w, bias, two)
-    conv_dgrad.conv_dgrad(half, w, two, size, *asked)
-    conv_wgrad.conv_wgrad(half, x, p if full else NOTHING, (2, 2, 2), two)
-    conv_dgrad.conv_transposed(half, p if full else NOTHING, w, bias, two, epilogue, residual)
-
-
-def _run_norms(dtype: torch.dtype) -> None:
-    """The algebra of norms, with parameters of a dtype and without, with factors and without."""
-    n, c = 2, 21
-    table = torch.empty(n, c, dtype=torch.float32, device="meta")
-    sums = torch.empty(3, n, c, dtype=torch.float32, device="meta")
-    parameter = torch.empty(c, dtype=dtype, device="meta")
-    poolings = (Pooling("batch"), Pooling("instance"), Pooling("group", 3), Pooling("fixed"))
-    for gamma, factor, pooling in itertools.product((None, parameter), (None, table), poolings):
-        own = Moments(table, table)
-        finalize.norm_finalize(own, factor, gamma, gamma, 1e-5, pooling)
-        finalize.norm_finalize_backward(sums, *[table] * 3, factor, factor, gamma, 8, pooling)
+def _words(dtype: torch.dtype, c: int, activation: str, full: bool, wide: bool) -> Sample:
+    """An image as convolutions read it; if `wide`, its samples have more than 2^31 elements."""
+    shape = (1, c, *((1024, 1024, 544) if wide else (32, 32, 32)))
+    image = functools.partial(layout.empty, dtype=dtype, device="meta")
+    one = sample(dtype, "3-D", activation, True, False)
+    return one._replace(shape=shape, image=image, full=full, more=c)
 
 
 def _signature(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> Any:

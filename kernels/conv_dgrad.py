@@ -14,11 +14,11 @@ from torch import Tensor
 from cassetta.kernels import configs, layout
 from cassetta.kernels.conv_fprop import Walk, run, walk
 from cassetta.kernels.plans import Product
-from cassetta.kernels.types import NOTHING, Geometry, Prologue
+from cassetta.kernels.types import NOTHING, Geometry, Prologue, Size
 
 
 def conv_dgrad(
-    g: Tensor, w: Tensor, geometry: Geometry, size: tuple[int, ...], x: Tensor | None = None,
+    g: Tensor, w: Tensor, geometry: Geometry, size: Size, x: Tensor | None = None,
     p: Prologue = NOTHING, centre: Tensor | None = None, after: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     taps = tuple(w.shape[2:])

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cassetta.kernels import configs, evidence, library, machine, reference
+from cassetta.kernels import configs, evidence, library, machine, ops, records, reference
 from cassetta.kernels.machine import INTERPRET, is_interpreted
 
 BACKENDS = ("auto", "triton", "reference")
@@ -301,6 +301,7 @@ def implementation() -> ModuleType:
     return library
 
 
+@records.run_by
 def passes(x: Tensor) -> Any:
     """Who runs the passes over this image (or table): `moments`, `materialize`, ..."""
     if _on_reference_passes or x.dtype not in configs.dtypes() or why_not_on(x.device):
@@ -311,32 +312,8 @@ def passes(x: Tensor) -> Any:
 @functools.cache
 def _triton_passes() -> Any:
     """Which import triton, and so are not imported before they are needed."""
-    names = (
-        "conv_dgrad", "conv_fprop", "conv_wgrad", "finalize", "flops", "pointwise", "pool",
-        "reductions", "resize",
-    )  # fmt: skip
-    dgrad, fprop, wgrad, finalize, flops, pointwise, pool, reductions, resize = (
-        importlib.import_module(f"cassetta.kernels.{name}") for name in names
-    )
-    flops.register()
-    return SimpleNamespace(
-        conv_fprop=fprop.conv_fprop,
-        conv_dgrad=dgrad.conv_dgrad,
-        conv_wgrad=wgrad.conv_wgrad,
-        conv_transposed=dgrad.conv_transposed,
-        max_pool=pool.max_pool,
-        max_pool_dgrad=pool.max_pool_dgrad,
-        moments=reductions.moments,
-        materialize=pointwise.materialize,
-        concatenate=pointwise.concatenate,
-        materialize_moments=reductions.materialize_moments,
-        prologue_sums=reductions.prologue_sums,
-        prologue_dgrad=pointwise.prologue_dgrad,
-        resize=resize.resize,
-        resize_dgrad=resize.resize_dgrad,
-        norm_finalize=finalize.norm_finalize,
-        norm_finalize_backward=finalize.norm_finalize_backward,
-    )
+    records.count_operations()
+    return SimpleNamespace(**{name: one.launched() for name, one in ops.PASSES.items()})
 
 
 def _known(name: object, source: str) -> str:

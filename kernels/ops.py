@@ -1,362 +1,217 @@
-"""The passes as registered operators of torch, so that compilers and exporters see one call each.
+"""The passes, each stated once, by its record; and as functions that call registered operators.
 
-Each has a fake implementation (shapes without data), and counts as nothing in `FlopCounterMode`, as
-torch's own elementwise operations do (`flops`). They have no gradient of their own, and say so;
-the `torch.autograd.Function`s of `cassetta.functional` call them, forward and backward.
+Compilers and exporters see one call each. Operators have no gradient of their own, and say so; the
+`torch.autograd.Function`s of `cassetta.functional` call them, forward and backward.
 """
 
+import itertools
+import math
+from collections.abc import Iterator
+from operator import mul
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_autograd, register_fake
 
-from cassetta.kernels import dispatch, layout
-from cassetta.kernels.types import (
-    NOTHING,
-    Activation,
-    Fold,
-    Geometry,
-    Grid,
-    Moments,
-    Pooling,
-    Prologue,
-    flat,
-    unflat,
-)
+from cassetta.kernels import activations, layout, reference
+from cassetta.kernels.examples import Sample
+from cassetta.kernels.records import PASSES as PASSES, PassRecord
+from cassetta.kernels.types import NOTHING, Activation, Geometry, Moments, Pooling
 
-_PROLOGUE = (
-    "Tensor? s1, Tensor? t1, str act, float p, float q, Tensor? slope, Tensor? s2, Tensor? t2"
-)
-_EPILOGUE = _PROLOGUE.replace("? ", "? e_").replace("str ", "str e_").replace("float ", "float e_")
-_WALK = "int[] stride, int[] padding, int[] dilation"
-_GRID = "float[] shift, float[] step, float[] start"
-_SCHEMAS = {
-    "conv_fprop": f"(Tensor x, {_PROLOGUE}, Tensor w, Tensor? b, {_WALK}, Tensor? x2, {_EPILOGUE},"
-    " Tensor? residual, str? moments_of, float m_p, float m_q) -> (Tensor, Tensor, Tensor)",
-    "conv_dgrad": f"(Tensor g, Tensor w, {_WALK}, SymInt[] size, Tensor? x, {_PROLOGUE},"
-    " Tensor? around, bool after) -> (Tensor, Tensor)",
-    "conv_wgrad": f"(Tensor g, Tensor x, {_PROLOGUE}, int[] taps, {_WALK}) -> Tensor",
-    "conv_transposed": f"(Tensor x, {_PROLOGUE}, Tensor w, Tensor? b, {_WALK}, {_EPILOGUE},"
-    " Tensor? residual) -> Tensor",
-    "max_pool": f"(Tensor x, {_PROLOGUE}, int[] window) -> (Tensor, Tensor)",
-    "max_pool_dgrad": "(Tensor g, Tensor where, int[] window, SymInt[] size) -> Tensor",
-    "moments": f"(Tensor x, {_PROLOGUE}) -> (Tensor, Tensor)",
-    "materialize": f"(Tensor x, {_PROLOGUE}, Tensor? residual, ScalarType dtype, bool words)"
-    " -> Tensor",
-    "concatenate": f"(Tensor x, {_PROLOGUE}, Tensor x2, {_EPILOGUE}, ScalarType dtype) -> Tensor",
-    "materialize_moments": f"(Tensor x, {_PROLOGUE}, Tensor? residual, ScalarType dtype)"
-    " -> (Tensor, Tensor, Tensor)",
-    "prologue_sums": f"(Tensor g, Tensor x, {_PROLOGUE}, Tensor around, Tensor? a, Tensor? k,"
-    " Tensor? centre, bool after) -> Tensor",
-    "prologue_dgrad": f"(Tensor g, Tensor x, {_PROLOGUE}, Tensor? a, Tensor? k, Tensor? centre,"
-    " bool after) -> Tensor",
-    "resize": f"(Tensor x, {_PROLOGUE}, SymInt[] size, {_GRID}) -> Tensor",
-    "resize_dgrad": f"(Tensor g, SymInt[] size, {_GRID}) -> Tensor",
-    "norm_finalize": "(Tensor mean, Tensor var, Tensor? before, Tensor? gamma, Tensor? beta,"
-    " float eps, str kind, int groups) -> Tensor",
-    "norm_finalize_backward": "(Tensor sums, Tensor mean, Tensor rstd, Tensor centre,"
-    " Tensor? before, Tensor? after, Tensor? gamma, SymInt voxels, str kind, int groups) -> Tensor",
-}
+Examples = Iterator[tuple[Any, ...]]
 
-NAMES = tuple(_SCHEMAS)
 
-
-def conv_fprop(
-    x: Tensor, p: Prologue, w: Tensor, b: Tensor | None, geometry: Geometry,
-    x2: Tensor | None = None, epilogue: Prologue = NOTHING, residual: Tensor | None = None,
-    moments_of: Activation | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`reference.conv_fprop`, by whoever runs it."""
-    of = (None, 0.0, 0.0) if moments_of is None else moments_of
-    return torch.ops.cassetta.conv_fprop(
-        x, *flat(p), w, b, *_numbers(geometry), x2, *flat(epilogue), residual, *of
-    )
-
-
-def conv_dgrad(
-    g: Tensor, w: Tensor, geometry: Geometry, size: tuple[int, ...], x: Tensor | None = None,
-    p: Prologue = NOTHING, centre: Tensor | None = None, after: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`reference.conv_dgrad`, by whoever runs it."""
-    return torch.ops.cassetta.conv_dgrad(
-        g, w, *_numbers(geometry), size, x, *flat(p), centre, after
-    )
-
-
-def conv_wgrad(
-    g: Tensor, x: Tensor, p: Prologue, taps: tuple[int, ...], geometry: Geometry
-) -> Tensor:
-    """`reference.conv_wgrad`, by whoever runs it."""
-    return torch.ops.cassetta.conv_wgrad(g, x, *flat(p), taps, *_numbers(geometry))
-
-
-def conv_transposed(
-    x: Tensor, p: Prologue, w: Tensor, b: Tensor | None, geometry: Geometry,
-    epilogue: Prologue = NOTHING, residual: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """`reference.conv_transposed`, by whoever runs it."""
-    return torch.ops.cassetta.conv_transposed(
-        x, *flat(p), w, b, *_numbers(geometry), *flat(epilogue), residual
-    )
-
-
-def max_pool(x: Tensor, p: Prologue, window: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """`reference.max_pool`, by whoever runs it."""
-    return torch.ops.cassetta.max_pool(x, *flat(p), window)
-
-
-def max_pool_dgrad(
-    g: Tensor, where: Tensor, window: tuple[int, ...], size: tuple[int, ...]
-) -> Tensor:
-    """`reference.max_pool_dgrad`, by whoever runs it."""
-    return torch.ops.cassetta.max_pool_dgrad(g, where, window, size)
-
-
-def moments(x: Tensor, p: Prologue) -> Moments:
-    """`reference.moments`, by whoever runs it."""
-    return Moments(*torch.ops.cassetta.moments(x, *flat(p)))
-
-
-def materialize(
-    x: Tensor, p: Prologue, residual: Tensor | None, dtype: torch.dtype, words: bool = False
-) -> Tensor:
-    """`reference.materialize`, by whoever runs it."""
-    return torch.ops.cassetta.materialize(x, *flat(p), residual, dtype, words)
-
-
-def concatenate(x: Tensor, p: Prologue, x2: Tensor, p2: Prologue, dtype: torch.dtype) -> Tensor:
-    """`reference.concatenate`, by whoever runs it."""
-    return torch.ops.cassetta.concatenate(x, *flat(p), x2, *flat(p2), dtype)
-
-
-def materialize_moments(
-    x: Tensor, p: Prologue, residual: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.materialize_moments`, by whoever runs it."""
-    return torch.ops.cassetta.materialize_moments(x, *flat(p), residual, dtype)
-
-
-def prologue_sums(
-    g: Tensor, x: Tensor, p: Prologue, centre: Tensor, fold: Fold | None, after: bool
-) -> Tensor:
-    """`reference.prologue_sums`, by whoever runs it."""
-    folds = (None,) * 3 if fold is None else fold
-    return torch.ops.cassetta.prologue_sums(g, x, *flat(p), centre, *folds, after)
-
-
-def prologue_dgrad(g: Tensor, x: Tensor, p: Prologue, fold: Fold | None, after: bool) -> Tensor:
-    """`reference.prologue_dgrad`, by whoever runs it."""
-    return torch.ops.cassetta.prologue_dgrad(
-        g, x, *flat(p), *((None,) * 3 if fold is None else fold), after
-    )
-
-
-def resize(x: Tensor, p: Prologue, size: tuple[int, ...], grid: Grid) -> Tensor:
-    """`reference.resize`, by whoever runs it."""
-    return torch.ops.cassetta.resize(x, *flat(p), size, *grid)
-
-
-def resize_dgrad(g: Tensor, size: tuple[int, ...], grid: Grid) -> Tensor:
-    """`reference.resize_dgrad`, by whoever runs it."""
-    return torch.ops.cassetta.resize_dgrad(g, size, *grid)
-
-
-def norm_finalize(
-    own: Moments, before: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float,
-    pooling: Pooling,
-) -> Tensor:  # fmt: skip
-    """`reference.norm_finalize`, by whoever runs it."""
-    return torch.ops.cassetta.norm_finalize(*own, before, gamma, beta, eps, *pooling)
-
-
-def norm_finalize_backward(
-    sums: Tensor, mean: Tensor, rstd: Tensor, centre: Tensor, before: Tensor | None,
-    after: Tensor | None, gamma: Tensor | None, voxels: int, pooling: Pooling,
-) -> Tensor:  # fmt: skip
-    """`reference.norm_finalize_backward`, by whoever runs it."""
-    return torch.ops.cassetta.norm_finalize_backward(
-        sums, mean, rstd, centre, before, after, gamma, voxels, *pooling
-    )
-
-
-def _numbers(geometry: Geometry) -> tuple[list[int], list[int], list[int]]:
-    """A geometry without groups, as the arguments of an operator."""
-    stride, padding, dilation, groups = geometry
-    if groups != 1:
-        raise ValueError(f"groups={groups}: our own convolutions have one; `library.conv` has more")
-    return list(stride), [side for pair in padding for side in pair], list(dilation)
-
-
-def _geometry(stride: list[int], padding: list[int], dilation: list[int]) -> Geometry:
-    """What `_numbers` took apart."""
-    pairs = tuple(zip(padding[::2], padding[1::2], strict=True))
-    return Geometry(tuple(stride), pairs, tuple(dilation))
-
-
-def _conv_fprop(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    p, (w, b), walk, x2, e = rest[:8], rest[8:10], rest[10:13], rest[13], rest[14:22]
-    residual, name, *numbers = rest[22:]
-    of = None if name is None else Activation(name, *numbers)
-    passes = dispatch.passes(w)
-    return passes.conv_fprop(x, unflat(p), w, b, _geometry(*walk), x2, unflat(e), residual, of)
-
-
-def _conv_dgrad(g: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    walk, size, x, p, (centre, after) = rest[:3], rest[3], rest[4], rest[5:13], rest[13:]
-    passes = dispatch.passes(g)
-    return passes.conv_dgrad(g, w, _geometry(*walk), tuple(size), x, unflat(p), centre, after)
-
-
-def _conv_wgrad(g: Tensor, x: Tensor, *rest: Any) -> Tensor:
-    p, taps, walk = rest[:8], rest[8], rest[9:]
-    return dispatch.passes(g).conv_wgrad(g, x, unflat(p), tuple(taps), _geometry(*walk))
-
-
-def _conv_transposed(x: Tensor, *rest: Any) -> Tensor:
-    p, (w, b), walk, e, residual = rest[:8], rest[8:10], rest[10:13], rest[13:21], rest[21]
-    passes = dispatch.passes(w)
-    return passes.conv_transposed(x, unflat(p), w, b, _geometry(*walk), unflat(e), residual)
-
-
-def _max_pool(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *prologue, window = rest
-    return dispatch.passes(x).max_pool(x, unflat(prologue), tuple(window))
-
-
-def _max_pool_dgrad(g: Tensor, where: Tensor, window: list[int], size: list[int]) -> Tensor:
-    return dispatch.passes(g).max_pool_dgrad(g, where, tuple(window), tuple(size))
-
-
-def _moments(x: Tensor, *prologue: Any) -> tuple[Tensor, Tensor]:
-    mean, var = dispatch.passes(x).moments(x, unflat(prologue))
-    return mean, var
-
-
-def _materialize(x: Tensor, *rest: Any) -> Tensor:
-    *prologue, residual, dtype, words = rest
-    return dispatch.passes(x).materialize(x, unflat(prologue), residual, dtype, words)
-
-
-def _concatenate(x: Tensor, *rest: Any) -> Tensor:
-    p, x2, p2, dtype = rest[:8], rest[8], rest[9:17], rest[17]
-    return dispatch.passes(x).concatenate(x, unflat(p), x2, unflat(p2), dtype)
-
-
-def _materialize_moments(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *prologue, residual, dtype = rest
-    return dispatch.passes(x).materialize_moments(x, unflat(prologue), residual, dtype)
-
-
-def _prologue_sums(g: Tensor, x: Tensor, *rest: Any) -> Tensor:
-    *prologue, around, a, k, centre, after = rest
-    fold = None if a is None else Fold(a, k, centre)
-    return dispatch.passes(x).prologue_sums(g, x, unflat(prologue), around, fold, after)
-
-
-def _prologue_dgrad(g: Tensor, x: Tensor, *rest: Any) -> Tensor:
-    *prologue, a, k, centre, after = rest
-    fold = None if a is None else Fold(a, k, centre)
-    return dispatch.passes(x).prologue_dgrad(g, x, unflat(prologue), fold, after)
-
-
-def _resize(x: Tensor, *rest: Any) -> Tensor:
-    prologue, size, grid = rest[:8], tuple(rest[8]), Grid(*map(tuple, rest[9:]))
-    return dispatch.passes(x).resize(x, unflat(prologue), size, grid)
-
-
-def _resize_dgrad(g: Tensor, size: list[int], *grid: list[float]) -> Tensor:
-    return dispatch.passes(g).resize_dgrad(g, tuple(size), Grid(*map(tuple, grid)))
-
-
-def _norm_finalize(mean: Tensor, var: Tensor, *rest: Any) -> Tensor:
-    *others, kind, groups = rest
-    own, pooling = Moments(mean, var), Pooling(kind, groups)
-    return dispatch.passes(mean).norm_finalize(own, *others, pooling)
-
-
-def _norm_finalize_backward(sums: Tensor, *rest: Any) -> Tensor:
-    *others, kind, groups = rest
-    return dispatch.passes(sums).norm_finalize_backward(sums, *others, Pooling(kind, groups))
-
-
-def _fake_conv_fprop(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    w, walk, name = rest[8], rest[10:13], rest[-3]
-    size = _geometry(*walk).size_of(x.shape[2:], w.shape[2:])
+def _fake_fprop(x: Tensor, p: Any, w: Tensor, b: Any, geometry: Geometry, *rest: Any) -> Any:
+    size = geometry.size_of(x.shape[2:], w.shape[2:])
     y = layout.empty((x.shape[0], w.shape[0], *size), w.dtype, x.device)
-    return y, *((layout.tables(y), layout.tables(y)) if name else (_no_table(y), _no_table(y)))
+    return y, *((_no_table(y) if rest[-1] is None else layout.tables(y)) for _ in range(2))
 
 
-def _fake_conv_dgrad(g: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    size, x = rest[3], rest[4]
+def _fprop_examples(s: Sample) -> Examples:
+    (_, c, *_), k = s.shape, s.more
+    after, bias = (s.pending(k), s.weights(k)) if s.full else (NOTHING, None)
+    moments_of = None if s.p.slope is not None else s.p.activation
+    for geometry, taps, size in s.kept(1), s.kept(3):
+        p = s.p if max(taps) == 1 else NOTHING
+        one, two = (s.weights(k, c, *taps), None), (s.weights(k, 2 * c, *taps), s.x)
+        (w, x2), (w_of_moments, x2_of_moments) = (two, one) if s.full else (one, two)
+        yield s.x, p, w, bias, geometry, x2, after, s.of(k, size) if s.full else None, None
+        yield s.x, p, w_of_moments, bias, geometry, x2_of_moments, NOTHING, None, moments_of
+    geometry, taps, _ = s.halved()
+    rest = s.weights(k, c, *taps), bias, geometry, None, NOTHING, None, None
+    yield s.x, s.p if s.full else NOTHING, *rest
+
+
+conv_fprop = PassRecord(
+    reference.conv_fprop, "conv_fprop.conv_fprop", _fake_fprop, _fprop_examples,
+    of="products", flops=lambda out, x, p, w, *rest: _products(w, out[0]), judge="w",
+).stated()  # fmt: skip
+
+
+def _fake_dgrad(g: Tensor, w: Tensor, geometry: Any, size: Any, x: Any, *rest: Any) -> Any:
     dz = layout.empty((g.shape[0], w.shape[1], *size), g.dtype, g.device)
     return dz, _no_table(g) if x is None else layout.tables(dz, 2)
 
 
-def _fake_conv_wgrad(g: Tensor, x: Tensor, *rest: Any) -> Tensor:
-    dtype = torch.promote_types(g.dtype, torch.float32)
-    return g.new_empty((g.shape[1], x.shape[1], *rest[8]), dtype=dtype)
+def _dgrad_examples(s: Sample) -> Examples:
+    sums = (s.x, s.p, s.one, True) if s.full else (None, NOTHING, None, False)
+    for geometry, taps, size in s.kept(1), s.kept(3), s.halved():
+        w = s.weights(s.more, s.shape[1], *taps)
+        yield s.of(s.more, size), w, geometry, s.shape[2:], *sums
 
 
-def _fake_conv_transposed(x: Tensor, *rest: Any) -> Tensor:
-    w, stride = rest[8], rest[10]
-    size = (n * s for n, s in zip(x.shape[2:], stride, strict=True))
-    return layout.empty((x.shape[0], w.shape[1], *size), w.dtype, x.device)
+conv_dgrad = PassRecord(
+    reference.conv_dgrad, "conv_dgrad.conv_dgrad", _fake_dgrad, _dgrad_examples,
+    of="products", flops=lambda out, g, w, *rest: _products(w, g),
+).stated()  # fmt: skip
+
+
+def _wgrad_examples(s: Sample) -> Examples:
+    for geometry, taps, size in s.kept(1), s.kept(3), s.halved():
+        is_pending = s.full if max(geometry.stride) > 1 else max(taps) == 1
+        yield s.of(s.more, size), s.x, s.p if is_pending else NOTHING, taps, geometry
+
+
+conv_wgrad = PassRecord(
+    reference.conv_wgrad, "conv_wgrad.conv_wgrad",
+    lambda g, x, p, taps, geometry: g.new_empty(
+        (g.shape[1], x.shape[1], *taps), dtype=torch.promote_types(g.dtype, torch.float32)
+    ),
+    _wgrad_examples,
+    of="products", flops=lambda out, g, *rest: _products(out, g),
+).stated()  # fmt: skip
+
+
+def _transposed_examples(s: Sample) -> Examples:
+    (_, c, *_), k, (geometry, taps, coarse) = s.shape, s.more, s.halved()
+    fused = (s.p, s.of(c, tuple(map(mul, coarse, taps)))) if s.full else (NOTHING, None)
+    p, bias = (s.pending(k), s.weights(c)) if s.full else (NOTHING, None)
+    yield s.of(k, coarse), p, s.weights(k, c, *taps), bias, geometry, *fused
+
+
+conv_transposed = PassRecord(
+    reference.conv_transposed, "conv_dgrad.conv_transposed",
+    lambda x, p, w, b, geometry, *rest: layout.empty(
+        (x.shape[0], w.shape[1], *map(mul, x.shape[2:], geometry.stride)), w.dtype, x.device
+    ),
+    _transposed_examples,
+    of="products", flops=lambda out, x, p, w, *rest: _products(w, x), judge="w",
+).stated()  # fmt: skip
 
 
 def _no_table(x: Tensor) -> Tensor:
     return x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def _fake_max_pool_dgrad(g: Tensor, where: Tensor, window: list[int], size: list[int]) -> Tensor:
-    return layout.sized(where, tuple(size), g.dtype)
+def _products(w: Any, y: Any) -> int:
+    """Every weight meets every voxel of y: a multiplication and an addition."""
+    return 2 * math.prod(w) * y[0] * math.prod(y[2:])
 
 
-def _fake_materialize(x: Tensor, *rest: Any) -> Tensor:
-    dtype, words = rest[-2:]
-    return layout.empty(tuple(x.shape), dtype, x.device) if words else layout.like(x, dtype)
+def _windows(s: Sample) -> tuple[int, ...]:
+    """Of two voxels along each axis; or large ones, whose voxels a byte does not count."""
+    return s.window((257, 17, 7)[len(s.shape) - 3] if s.other else 2)
 
 
-def _fake_materialize_moments(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return layout.like(x, rest[-1]), layout.tables(x), layout.tables(x)
+max_pool = PassRecord(
+    reference.max_pool, "pool.max_pool", lambda x, p, window: layout.pooled(x, window),
+    lambda s: [(s.x, s.p, _windows(s))],
+).stated()  # fmt: skip
 
 
-def _fake_resize(x: Tensor, size: list[int]) -> Tensor:
-    return layout.sized(x, tuple(size), x.dtype)
+def _pooled_examples(s: Sample) -> Examples:
+    y, where = layout.pooled(s.x, _windows(s))
+    places = torch.arange(y.numel(), device=y.device) % math.prod(_windows(s))
+    where.copy_(places.reshape(y.shape))
+    yield s.image(tuple(y.shape)), where, _windows(s), s.shape[2:]
 
 
-def _refuse(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError(
-        "an operator of cassetta was called outside of its autograd.Function and has no gradient: "
-        "export a network that is to be trained within `with cassetta.use_backend('reference'):`"
-    )
+max_pool_dgrad = PassRecord(
+    reference.max_pool_dgrad, "pool.max_pool_dgrad",
+    lambda g, where, window, size: layout.sized(where, size, g.dtype), _pooled_examples,
+).stated()  # fmt: skip
 
+moments = PassRecord(
+    reference.moments, "reductions.moments", lambda x, p: (layout.tables(x), layout.tables(x)),
+    lambda s: [(s.x, s.p)], planned=True,
+).stated()  # fmt: skip
 
-_IMPLEMENTATIONS = {
-    "conv_fprop": (_conv_fprop, _fake_conv_fprop),
-    "conv_dgrad": (_conv_dgrad, _fake_conv_dgrad),
-    "conv_wgrad": (_conv_wgrad, _fake_conv_wgrad),
-    "conv_transposed": (_conv_transposed, _fake_conv_transposed),
-    "max_pool": (_max_pool, lambda x, *rest: layout.pooled(x, rest[-1])),
-    "max_pool_dgrad": (_max_pool_dgrad, _fake_max_pool_dgrad),
-    "moments": (_moments, lambda x, *rest: (layout.tables(x), layout.tables(x))),
-    "materialize": (_materialize, _fake_materialize),
-    "concatenate": (_concatenate, lambda x, *rest: layout.wider(x, rest[8].shape[1], rest[-1])),
-    "materialize_moments": (_materialize_moments, _fake_materialize_moments),
-    "prologue_sums": (_prologue_sums, lambda g, x, *rest: layout.tables(x, 3)),
-    "prologue_dgrad": (_prologue_dgrad, lambda g, x, *rest: layout.like(x, x.dtype)),
-    "resize": (_resize, lambda x, *rest: _fake_resize(x, rest[8])),
-    "resize_dgrad": (_resize_dgrad, lambda g, size, *grid: _fake_resize(g, size)),
-    "norm_finalize": (_norm_finalize, lambda mean, *rest: layout.tables(mean, 5)),
-    "norm_finalize_backward": (
-        _norm_finalize_backward, lambda sums, mean, *rest: layout.tables(mean, 4),
+materialize = PassRecord(
+    reference.materialize, "pointwise.materialize",
+    lambda x, p, residual, dtype, words: (
+        layout.empty(tuple(x.shape), dtype, x.device) if words else layout.like(x, dtype)
     ),
-}  # fmt: skip
+    lambda s: [(x := s.x, s.p, s.x if s.full else None, x.dtype, s.other and not s.full)],
+    planned=True,
+).stated()  # fmt: skip
 
-_library = Library("cassetta", "FRAGMENT")
-for _name, _schema in _SCHEMAS.items():
-    _run, _fake = _IMPLEMENTATIONS[_name]
-    _library.define(_name + _schema)
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
-    register_fake(f"cassetta::{_name}", _fake, lib=_library)
-    register_autograd(f"cassetta::{_name}", _refuse, lib=_library)
+concatenate = PassRecord(
+    reference.concatenate, "pointwise.concatenate",
+    lambda x, p, x2, p2, dtype: layout.wider(x, x2.shape[1], dtype),
+    lambda s: [(x := s.x, s.p, s.of(s.more), s.pending(s.more), x.dtype)],
+).stated()  # fmt: skip
+
+materialize_moments = PassRecord(
+    reference.materialize_moments, "reductions.materialize_moments",
+    lambda x, p, r, dtype: (layout.like(x, dtype), layout.tables(x), layout.tables(x)),
+    lambda s: [(x := s.x, s.p, s.x if s.full else None, x.dtype)], planned=True,
+).stated()  # fmt: skip
+
+prologue_sums = PassRecord(
+    reference.prologue_sums, "reductions.prologue_sums", lambda g, x, *rest: layout.tables(x, 3),
+    lambda s: [(s.x, s.x, s.p, s.one, s.fold, s.other)], judge="x", planned=True,
+).stated()  # fmt: skip
+
+
+def _dgrad_by_either(s: Sample) -> Examples:
+    """By the argument of the activation, and by its result where that tells the derivative."""
+    yield s.x, s.x, s.p, s.fold, s.other
+    name, *constants = s.p.activation
+    if activations.BY_RESULT.get(name, name) != name:
+        told = Activation(activations.BY_RESULT[name], *constants)
+        yield s.x, s.x, s.p._replace(s1=None, t1=None, activation=told), None, False
+
+
+prologue_dgrad = PassRecord(
+    reference.prologue_dgrad, "pointwise.prologue_dgrad",
+    lambda g, x, *rest: layout.like(x, x.dtype), _dgrad_by_either, judge="x", planned=True,
+).stated()  # fmt: skip
+
+resize = PassRecord(
+    reference.resize, "resize.resize",
+    lambda x, p, size, grid: layout.sized(x, size, x.dtype), lambda s: [(s.x, s.p, *s.grid())],
+).stated()  # fmt: skip
+
+resize_dgrad = PassRecord(
+    reference.resize_dgrad, "resize.resize_dgrad",
+    lambda g, size, grid: layout.sized(g, size, g.dtype),
+    lambda s: [(s.of(s.shape[1], s.grid()[0]), s.shape[2:], s.grid()[1])],
+).stated()  # fmt: skip
+
+
+def _norms(s: Sample) -> Iterator[tuple[Tensor | None, Tensor | None, Pooling]]:
+    """With and without parameters and factors, by each way of pooling."""
+    groups = Pooling("group", 3 if s.shape[1] % 3 == 0 else 1)
+    poolings = Pooling("batch"), Pooling("instance"), groups, Pooling("fixed")
+    return itertools.product((None, s.weights(s.shape[1])), (None, s.one), poolings)
+
+
+norm_finalize = PassRecord(
+    reference.norm_finalize, "finalize.norm_finalize",
+    lambda own, *rest: layout.tables(own.mean, 5),
+    lambda s: [
+        (Moments(s.one, s.one), factor, gamma, gamma, 1e-5, pooling)
+        for gamma, factor, pooling in _norms(s)
+    ],
+    of="tables",
+).stated()  # fmt: skip
+
+norm_finalize_backward = PassRecord(
+    reference.norm_finalize_backward, "finalize.norm_finalize_backward",
+    lambda sums, mean, *rest: layout.tables(mean, 4),
+    lambda s: [
+        (s.table(3, *s.shape[:2]), s.one, s.one, s.one, factor, factor, gamma, 8, pooling)
+        for gamma, factor, pooling in _norms(s)
+    ],
+    of="tables",
+).stated()  # fmt: skip

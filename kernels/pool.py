@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cassetta.kernels import configs, layout, plans, tile
 from cassetta.kernels.conv_fprop import lifted
-from cassetta.kernels.types import Prologue
+from cassetta.kernels.types import Prologue, Size
 
 _SIZES = ["V", "X1", "X2", "Y0", "Y1", "Y2", "T0", "T1", "T2", "taps", "chunks", "c_blocks"]
 """What is a number at run time, whatever it is."""
@@ -104,9 +104,7 @@ def _max_pool_dgrad_kernel(
     tl.store(tile.at(dz_ptr, n, v, c, out_n, out_c, out_v, WIDE, OUT_WORDS), dz, mask=inside)
 
 
-def max_pool_dgrad(
-    g: Tensor, where: Tensor, window: tuple[int, ...], size: tuple[int, ...]
-) -> Tensor:
+def max_pool_dgrad(g: Tensor, where: Tensor, window: tuple[int, ...], size: Size) -> Tensor:
     g, g_strides = tile.strided(g)
     where, w_strides = tile.strided(where)
     dz, d_strides = tile.strided(layout.sized(where, size, g.dtype))

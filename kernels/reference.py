@@ -25,6 +25,7 @@ from cassetta.kernels.types import (
     Moments,
     Pooling,
     Prologue,
+    Size,
 )
 
 
@@ -51,7 +52,7 @@ def conv_fprop(
 
 
 def conv_dgrad(
-    g: Tensor, w: Tensor, geometry: Geometry, size: tuple[int, ...], x: Tensor | None = None,
+    g: Tensor, w: Tensor, geometry: Geometry, size: Size, x: Tensor | None = None,
     p: Prologue = NOTHING, centre: Tensor | None = None, after: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradient dz (N, C, *size), given that of y, g (N, K, *Y), in its dtype.
@@ -110,9 +111,7 @@ def max_pool(x: Tensor, p: Prologue, window: tuple[int, ...]) -> tuple[Tensor, T
     return y, where
 
 
-def max_pool_dgrad(
-    g: Tensor, where: Tensor, window: tuple[int, ...], size: tuple[int, ...]
-) -> Tensor:
+def max_pool_dgrad(g: Tensor, where: Tensor, window: tuple[int, ...], size: Size) -> Tensor:
     """The gradient dz (N, C, *size), given that of y, g (N, C, *Y): g where the maximum was.
 
     Laid out as `where`.
@@ -221,7 +220,7 @@ def prologue_dgrad(g: Tensor, x: Tensor, p: Prologue, fold: Fold | None, after: 
     return layout.likened(dx.to(x.dtype), x)
 
 
-def resize(x: Tensor, p: Prologue, size: tuple[int, ...], grid: Grid) -> Tensor:
+def resize(x: Tensor, p: Prologue, size: Size, grid: Grid) -> Tensor:
     """Linear interpolation of z, what x (N, C, *X) stands for, between zeros: (N, C, *size),
     laid out as x.
 
@@ -233,7 +232,7 @@ def resize(x: Tensor, p: Prologue, size: tuple[int, ...], grid: Grid) -> Tensor:
     return layout.sized(x, size, x.dtype).copy_(z)
 
 
-def resize_dgrad(g: Tensor, size: tuple[int, ...], grid: Grid) -> Tensor:
+def resize_dgrad(g: Tensor, size: Size, grid: Grid) -> Tensor:
     """The gradient (N, C, *size) of z, given that of what `resize` made of it, g (N, C, *Y)."""
     dz = g.to(torch.promote_types(g.dtype, torch.float32))
     for axis, (new, old, *where) in enumerate(zip(g.shape[2:], size, *grid, strict=True)):

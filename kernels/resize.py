@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cassetta.kernels import configs, layout, plans, reference, tile
 from cassetta.kernels.conv_fprop import lifted
-from cassetta.kernels.types import Grid, Prologue
+from cassetta.kernels.types import Grid, Prologue, Size
 
 _SIZES = ["V", "X0", "X1", "X2", "Y0", "Y1", "Y2", "taps0", "taps1", "taps2", "chunks", "c_blocks"]
 """What is a number at run time, whatever it is."""
@@ -79,7 +79,7 @@ def _resize_kernel(
     tl.store(y_at, total.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def resize(x: Tensor, p: Prologue, size: tuple[int, ...], grid: Grid) -> Tensor:
+def resize(x: Tensor, p: Prologue, size: Size, grid: Grid) -> Tensor:
     if _is_beyond(x.shape[2:], size):
         return reference.resize(x, p, size, grid)
     x, x_strides = tile.strided(x)
@@ -143,7 +143,7 @@ def _first(j, rate, offset):
     return tl.maximum(tl.ceil(j.to(tl.float32) * rate + offset).to(tl.int32), 0)
 
 
-def resize_dgrad(g: Tensor, size: tuple[int, ...], grid: Grid) -> Tensor:
+def resize_dgrad(g: Tensor, size: Size, grid: Grid) -> Tensor:
     if _is_beyond(g.shape[2:], size):
         return reference.resize_dgrad(g, size, grid)
     g, g_strides = tile.strided(g)

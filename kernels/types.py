@@ -1,9 +1,11 @@
 """What the passes speak in, beside tensors: named tuples, without behaviour."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from torch import Tensor
+
+Size = Annotated[tuple[int, ...], "open"]  # of an image: other than taps, it may be a symbol
 
 
 class Geometry(NamedTuple):

@@ -36,8 +36,10 @@ def test_accesses_are_of_16_bytes(arch, layout):
     """Each image is read and written in vectors of four words, never element by element."""
     out = run(f"""{SPY}
 from cassetta.kernels import aot
+from cassetta.measure import agreement
 with aot.recorded({arch}, "", []):
-    aot._run_passes(aot._image(torch.bfloat16, "{layout}"), "relu", True, True)
+    one = aot.sample(torch.bfloat16, "{layout}", "relu", True, True)
+    aot.run(one, *agreement.PLANNED, "concatenate")
 for built in found:
     name, ptx = built.metadata.name, built.asm["ptx"]
     if "combine" in name or "finalize" in name:  # of small tables
@@ -59,8 +61,10 @@ def test_interpolation_reads_words(arch, channels):
     out = run(f"""{SPY}
 from cassetta.kernels import aot, layout
 with aot.recorded({arch}, "", []):
-    x = layout.empty((1, {channels}, 8, 8, 8), torch.bfloat16, "meta")
-    aot._run_interpolation(x, "identity", False)
+    image = lambda shape: layout.empty(shape, torch.bfloat16, "meta")
+    one = aot.sample(torch.bfloat16, "3-D", "identity", False, False)
+    one = one._replace(shape=(1, {channels}, 8, 8, 8), image=image)
+    aot.run(one, "resize", "resize_dgrad")
 for built in found:
     ptx = built.asm["ptx"]
     wide = [len(re.findall(rf"{{way}}\\.global\\S*\\.v4\\.b32", ptx)) for way in ("ld", "st")]
@@ -190,9 +194,11 @@ def test_nan_survives_every_minimum_and_maximum():
     """The interpreter cannot show it: numpy's maximum keeps NaN, a GPU's max.f32 does not."""
     out = run(f"""{SPY}
 from cassetta.kernels import activations, aot
+from cassetta.measure import agreement
 for name in activations.NAMES:
     with aot.recorded(90, "", []):
-        aot._run_passes(aot._image(torch.float32, "1-D"), name, True, True)
+        one = aot.sample(torch.float32, "1-D", name, True, True)
+        aot.run(one, *agreement.PLANNED, "concatenate")
 for built in found:
     least = len(re.findall(r"(?:max|min)\\.f32", built.asm["ptx"]))
     of_counts = built.metadata.name == "_moments_kernel"  # the number of voxels, which is no NaN
@@ -210,7 +216,7 @@ import contextlib, time, torch
 from cassetta.backbones import UNet
 from cassetta.kernels import aot, dispatch, ops
 passes = dispatch._triton_passes()
-for name in ops.NAMES:  # the launchers themselves, which see tensors without data
+for name in ops.PASSES:  # the launchers themselves, which see tensors without data
     setattr(ops, name, getattr(passes, name))
 torch.is_autocast_enabled = lambda *_: False  # which knows no device "meta"
 torch.autocast = lambda *_, **__: contextlib.nullcontext()

@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import RUNNER, large_tiles, need_boxes
 
-from cassetta.kernels import configs, dispatch, layout, ops, plans, reference
+from cassetta.kernels import configs, dispatch, layout, plans, reference
 from cassetta.kernels.types import NOTHING, Activation, Geometry, Prologue
 
-from compare import assert_near, assert_registered
+from compare import assert_near
 
 tile = pytest.importorskip("cassetta.kernels.tile")  # where there is no triton
 
@@ -288,29 +288,6 @@ def test_every_plan(plan, kernels):
     q = problem("meshnet 26", torch.float16, kernels)
     with plans.use_plan(plan):
         assert_as_good_as_torch(dispatch.passes(q["x"]), q)
-
-
-@pytest.mark.parametrize("layout", ["first", "last"])
-@pytest.mark.parametrize("run", ["reference", "triton"])
-@pytest.mark.parametrize("name", [name for name in ops.NAMES if name.startswith("conv")])
-def test_operators_are_registered_as_torch_wants_them(name, run, layout, request):
-    device = request.getfixturevalue("kernels") if run == "triton" else torch.device("cpu")
-    q = problem("halved" if name == "conv_transposed" else "even taps", torch.float32, device, True)
-    if layout == "last":
-        q = {key: _last(t) if key in ("x", "x2", "g", "r", "coarse") else t for key, t in q.items()}
-    x, w, g, geometry, taps = q["x"], q["w"], q["g"], q["geometry"], tuple(q["w"].shape[2:])
-    both = torch.cat([w, q["w2"]], 1)
-    calls = {
-        "conv_fprop": lambda: ops.conv_fprop(
-            x, q["p"], both, q["b"], geometry, q["x2"], q["e"], q["r"], Activation("relu")
-        ),
-        "conv_dgrad": lambda: ops.conv_dgrad(
-            g, w, geometry, tuple(x.shape[2:]), x, q["of_x"], q["centre"], True
-        ),
-        "conv_wgrad": lambda: ops.conv_wgrad(g, x, q["p"], taps, geometry),
-        "conv_transposed": lambda: ops.conv_transposed(q["coarse"], q["e"], w, q["b2"], geometry),
-    }
-    assert_registered(name, calls[name])
 
 
 def _last(image):

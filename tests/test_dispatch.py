@@ -10,7 +10,6 @@ from cassetta.kernels import (
     dispatch,
     library,
     machine,
-    reference,
     why_reference,
 )
 from cassetta.layers import Conv
@@ -140,13 +139,3 @@ def test_other_kinds_of_tensor_and_transforms_stay_with_torch(monkeypatch):
         torch.vmap(lambda x: reasons.append(why_reference(x)) or x)(torch.ones(2, 1, 4))
         assert "torch.func" in reasons[0]
     assert why_reference(torch.ones(1, 1, 4)) == "the image is on the CPU"
-
-
-def test_passes_and_their_twins_have_one_signature():
-    pytest.importorskip("triton")
-    import inspect
-
-    ours = dispatch._triton_passes()
-    names = "moments", "materialize", "prologue_sums", "prologue_dgrad", "resize", "resize_dgrad"
-    for name in names:
-        assert inspect.signature(getattr(ours, name)) == inspect.signature(getattr(reference, name))

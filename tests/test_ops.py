@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 
 from cassetta.backbones import MeshNet, UNet
 from cassetta.kernels import dispatch, layout, ops
-from cassetta.kernels.types import Activation, Fold, Geometry, Grid, Moments, Pooling, Prologue
+from cassetta.kernels.examples import Sample, transform
+from cassetta.kernels.types import Activation, Prologue
 from cassetta.layers import Conv, DownInterpol, DownPool, UpInterpol
 
-from compare import AsTold, assert_near
+from compare import AsTold, assert_near, assert_registered
 
 Draw = Callable[..., Tensor]
 
@@ -54,83 +56,54 @@ def crop(make: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     return room[(..., *(slice(1, n + 1) for n in t.shape[2:]))].copy_(t)
 
 
-def prologue(n: int, c: int, draw: Draw) -> Prologue:
-    return Prologue(draw(n, c), draw(n, c), Activation("silu"), None, draw(n, c), draw(n, c))
+def examples(name: str, shape: tuple[int, ...], image: Draw, draw: Draw) -> list[tuple[Any, ...]]:
+    """What an operator is called with, of what `image` and `draw` make."""
+    record = ops.PASSES[name]
+
+    def table(*size: int) -> Tensor:
+        one = draw(*size).abs() + 0.1
+        return one.mT.contiguous().mT if record.of == "tables" and len(size) == 2 else one
+
+    def pending(channels: int) -> Prologue:
+        return transform(table(shape[0], channels), Activation("silu"))
+
+    sample = Sample(shape, image, table, pending, True, False, 7)
+    found = [*record.examples(sample), *record.examples(sample._replace(full=False, other=True))]
+    half = [[torch.float16 if one is torch.float32 else one for one in args] for args in found]
+    return [*found, *half] if any(torch.float32 in args for args in map(_plain, found)) else found
 
 
-def call(name: str, shape: tuple[int, ...], image: Draw, draw: Draw) -> None:
-    """An operator, of images that `image` makes and of tables that `draw` makes."""
-    n, c, *size = shape
-    p, axes = prologue(n, c, draw), len(size)
-    same = Geometry((1,) * axes, ((1, 1),) * axes, (1,) * axes)
-    window = tuple(min(2, s) for s in size)
-    fold, centre = Fold(draw(n, c), draw(n, c), draw(n, c)), draw(n, c)
-    grid, twice = Grid((0.5,) * axes, (0.5,) * axes, (-0.5,) * axes), tuple(2 * s for s in size)
-    pooled = Geometry(window, ((0, 0),) * axes, (1,) * axes)
-    w, up = draw(7, c, *[3] * axes), draw(c, 3, *window)
-    dtype = torch.float16
-    if name == "conv_fprop":
-        ops.conv_fprop(image(shape), p, w, draw(7), same, residual=image((n, 7, *size)))
-        ops.conv_fprop(image(shape), p, draw(c, c, *window), None, pooled, moments_of=Activation())
-    elif name == "conv_dgrad":
-        g = image((n, 7, *size))
-        ops.conv_dgrad(g, w, same, tuple(size))
-        ops.conv_dgrad(g, w, same, tuple(size), image(shape), p, centre, True)
-    elif name == "conv_wgrad":
-        ops.conv_wgrad(image((n, 7, *size)), image(shape), p, (3,) * axes, same)
-        ops.conv_wgrad(image((n, 7, *size)), image(shape), p, (1,) * axes,
-                       same._replace(padding=((0, 0),) * axes))  # fmt: skip
-    elif name == "conv_transposed":
-        ops.conv_transposed(image(shape), p, up, None, pooled)
-    elif name == "max_pool":
-        ops.max_pool(image(shape), p, window)
-    elif name == "max_pool_dgrad":
-        small = (n, c, *(s // t for s, t in zip(size, window, strict=True)))
-        where = image(small).to(torch.uint8)
-        ops.max_pool_dgrad(image(small), where, window, tuple(size))
-    elif name == "moments":
-        ops.moments(image(shape), p)
-    elif name == "materialize":
-        for words in (False, True):
-            ops.materialize(image(shape), p, image(shape), dtype, words)
-            ops.materialize(image(shape), Prologue(), None, torch.float32, words)
-    elif name == "concatenate":
-        ops.concatenate(image(shape), p, image((n, 3, *size)), prologue(n, 3, draw), dtype)
-    elif name == "materialize_moments":
-        ops.materialize_moments(image(shape), p, image(shape), dtype)
-    elif name == "prologue_sums":
-        ops.prologue_sums(image(shape), image(shape), p, centre, fold, True)
-    elif name == "prologue_dgrad":
-        ops.prologue_dgrad(image(shape), image(shape), p, fold, False)
-    elif name == "resize":
-        ops.resize(image(shape), p, twice, grid)
-    elif name == "resize_dgrad":
-        ops.resize_dgrad(image((n, c, *twice)), tuple(size), grid)
-    else:
-        table = LAYOUTS["samples and channels exchanged"]
-        own, pooling = Moments(table(draw(n, c)), draw(n, c).square()), Pooling("batch")
-        if name == "norm_finalize":
-            ops.norm_finalize(own, None, draw(c), draw(c), 1e-5, pooling)
-        else:
-            assert name == "norm_finalize_backward"
-            ops.norm_finalize_backward(
-                draw(3, n, c), *own, centre, None, None, draw(c), 9, pooling
-            )  # fmt: skip
+def _plain(arguments: tuple[Any, ...]) -> list[Any]:
+    return [one for one in arguments if isinstance(one, torch.dtype)]
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of numpy, interpreted
 @pytest.mark.filterwarnings("ignore:.*degrees of freedom:UserWarning")  # of an empty batch
 @pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("run", ["reference", "triton"])
-@pytest.mark.parametrize("name", ops.NAMES)
+@pytest.mark.parametrize("name", ops.PASSES)
 def test_results_lie_as_compilers_are_told(name, run, kind, request):
     device = request.getfixturevalue("kernels") if run == "triton" else torch.device("cpu")
     draw = lambda *size: torch.randn(size, device=device)  # noqa: E731
     image = lambda shape: LAYOUTS[kind](draw(*shape))  # noqa: E731
     with AsTold() as told, large_tiles():
         for shape in SHAPES if run == "reference" else SHAPES[::4]:
-            call(name, shape, image, draw)
+            for arguments in examples(name, shape, image, draw)[:: 1 if run == "reference" else 2]:
+                getattr(ops, name)(*arguments)
     assert told.names == {name}
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of numpy, interpreted
+@pytest.mark.parametrize("kind", ["first", "last", "turned", "expanded"])
+@pytest.mark.parametrize("run", ["reference", "triton"])
+@pytest.mark.parametrize("name", ops.PASSES)
+def test_operators_are_registered_as_torch_wants_them(name, run, kind, request):
+    device = request.getfixturevalue("kernels") if run == "triton" else torch.device("cpu")
+    draw = lambda *size: torch.randn(size, device=device)  # noqa: E731
+    image = lambda shape: LAYOUTS[kind](draw(*shape))  # noqa: E731
+    first, *_, last = examples(name, (2, 5, 4, 6), image, draw)
+    for arguments in (first, last):
+        assert_registered(name, lambda arguments=arguments: getattr(ops, name)(*arguments))
 
 
 def ways() -> nn.Module:

@@ -7,10 +7,8 @@ import torch
 from conftest import RUNNER
 from torch.nn import functional
 
-from cassetta.kernels import activations, dispatch, ops, reference
+from cassetta.kernels import activations, dispatch, reference
 from cassetta.kernels.types import Activation, Fold, Moments, Pooling, Prologue
-
-from compare import assert_registered
 
 # numpy says when exp overflows, which leads to the right limits
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -395,39 +393,3 @@ def test_the_algebra_of_norms_is_that_of_torch(pooling):
         (out, db, dgamma.sum(0), dbeta.sum(0)), (expected, *given), strict=True
     ):
         torch.testing.assert_close(ours, theirs.detach(), rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("layout", ["first", "last", "turned", "expanded"])
-@pytest.mark.parametrize("run", ["reference", "triton"])
-@pytest.mark.parametrize(
-    "name", [name for name in ops.NAMES if not name.startswith(("conv", "resize"))]
-)
-def test_operators_are_registered_as_torch_wants_them(name, run, layout, request):
-    device = request.getfixturevalue("kernels") if run == "triton" else torch.device("cpu")
-    x, g, r, p, fold = problem((2, 3, 4, 5), torch.float32, "prelu", True, device)
-    x = {
-        "first": x,
-        "last": x.contiguous(memory_format=torch.channels_last),
-        "turned": x.mT.contiguous().mT,
-        "expanded": x[..., :1].expand(x.shape),
-    }[layout]
-    own, before, after, gamma, beta, sums, centre = tables(2, 3, True, device)
-    calls = {
-        "materialize_moments": lambda: ops.materialize_moments(x, p, r, torch.float16),
-        "norm_finalize": lambda: ops.norm_finalize(
-            own, before, gamma, beta, 1e-5, Pooling("batch")
-        ),
-        "norm_finalize_backward": lambda: ops.norm_finalize_backward(
-            sums, own.mean, own.var, centre, before, after, gamma, 20, Pooling("group", 3)
-        ),
-        "max_pool": lambda: ops.max_pool(x, p, (3, 2)),
-        "max_pool_dgrad": lambda: ops.max_pool_dgrad(
-            *reference.max_pool(x, p, (3, 2)), (3, 2), (4, 5)
-        ),
-        "moments": lambda: ops.moments(x, p),
-        "concatenate": lambda: ops.concatenate(x, p, g, Prologue(), torch.float16),
-        "materialize": lambda: ops.materialize(x, p, r, torch.float16),
-        "prologue_sums": lambda: ops.prologue_sums(g, x, p, fold.centre, fold, True),
-        "prologue_dgrad": lambda: ops.prologue_dgrad(g, x, p, fold, True),
-    }
-    assert_registered(name, calls[name])

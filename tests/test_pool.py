@@ -274,11 +274,12 @@ def spy(*args, **options):
     found.append(compile_(*args, **options))
     return found[-1]
 triton.compile = spy
-x = aot._image(torch.bfloat16, "{kind}")
-words = layout.empty((2, x.shape[1] + 5, *x.shape[2:]), x.dtype, "meta")
+one = aot.sample(torch.bfloat16, "{kind}", "relu", True, False)
+one = one._replace(image=lambda shape: layout.empty(shape, torch.bfloat16, "meta"))
+n, c, *size = one.shape
 with aot.recorded({arch}, "", reports):
-    for one in (layout.empty(tuple(x.shape), x.dtype, "meta"), words):
-        aot._run_pools(one, "relu", True, False)
+    for shape in (one.shape, (2, c + 5, *size)):
+        aot.run(one._replace(shape=shape), "max_pool", "max_pool_dgrad")
 assert not any(report.excess for report in reports)
 for built in found:
     ptx = built.asm["ptx"]

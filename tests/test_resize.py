@@ -12,10 +12,10 @@ from torch import nn
 from cassetta import functional
 from cassetta.functional import Deferred, linear_grid, resize_deferred
 from cassetta.functional.norm import Pool
-from cassetta.kernels import dispatch, layout, ops, reference, tile
+from cassetta.kernels import dispatch, layout, reference, tile
 from cassetta.kernels.types import NOTHING, Activation, Prologue
 
-from compare import NothingRead, assert_near, assert_registered
+from compare import NothingRead, assert_near
 
 # numpy says when exp overflows, which leads to the right limits
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -311,23 +311,6 @@ def test_autocast_does_not_round_the_image():
         expected = resize_deferred(Deferred(x), (10, 12), grid)
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(resize_deferred(Deferred(x), (10, 12), grid), expected)
-
-
-@pytest.mark.parametrize("kind", ["first", "last", "turned"])
-@pytest.mark.parametrize("run", ["reference", "triton"])
-@pytest.mark.parametrize("name", ["resize", "resize_dgrad"])
-def test_operators_are_registered_as_torch_wants_them(name, run, kind, request):
-    device = request.getfixturevalue("kernels") if run == "triton" else torch.device("cpu")
-    x, g, p, grid = problem("2-D, mixed", torch.float32, device, 5)
-    if kind == "last":
-        x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
-    elif kind == "turned":
-        x, g = (t.mT.contiguous().mT for t in (x, g))
-    calls = {
-        "resize": lambda: ops.resize(x, p, tuple(g.shape[2:]), grid),
-        "resize_dgrad": lambda: ops.resize_dgrad(g, tuple(x.shape[2:]), grid),
-    }
-    assert_registered(name, calls[name])
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo

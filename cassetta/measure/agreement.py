@@ -18,6 +18,8 @@ Where a sample has 2^31 elements or more, plain PyTorch itself convolves in slab
 
 import contextlib
 import copy
+import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -26,9 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from cassetta.kernels import dispatch, layout, precision
+from cassetta.kernels import dispatch, layout, ops, precision
+from cassetta.kernels.examples import Sample, transform
 from cassetta.kernels.plans import Product
-from cassetta.kernels.types import NOTHING, Activation, Fold, Geometry, Grid, Prologue
+from cassetta.kernels.types import NOTHING, Activation, Geometry, Prologue
 
 SLACK = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3.2e-2}
 """On the scale of the largest value. Four roundings to half precision; in float32 a hundred, for
@@ -142,57 +145,60 @@ def higher(image: Tensor) -> torch.dtype:
     return torch.float64 if image.numel() <= EXACT else torch.float32
 
 
-class Work(NamedTuple):
-    """What the passes work on: an image, a gradient, a residual, a table and a prologue."""
+class Work:
+    """What the passes work on: an image, and what the record of each pass makes of such images."""
 
-    x: Tensor
-    g: Tensor
-    r: Tensor
-    table: Tensor
-    prologue: Prologue
+    def __init__(self, x: Tensor, draw: Callable[[str], list[Any]]) -> None:
+        self.x = x
+        self.arguments = functools.cache(draw)  # by the name of a pass, for each of its examples
 
     @classmethod
     def drawn(cls, images: Sequence[Tensor], activation: Activation) -> "Work":
-        """Of three images, with tables that are drawn."""
-        x, g, r = images
-        one = torch.rand(x.shape[:2], device=x.device) + 0.5
-        slope = one if activation.name == "prelu" else None
-        return cls(x, g, r, one, Prologue(one, one, activation, slope, one, one))
+        """Of these images in turn, which are of one kind; of others, and tables, that are drawn."""
+        x, turns = images[0], itertools.cycle(images)
+
+        def image(shape: tuple[int, ...]) -> Tensor:
+            if shape == tuple(x.shape):
+                return next(turns)
+            out = torch.randn(shape, device=x.device).to(x.dtype)
+            return out.movedim(1, -1).contiguous().movedim(-1, 1) if x.stride(1) == 1 else out
+
+        def table(*shape: int) -> Tensor:
+            return torch.rand(shape, device=x.device) + 0.5
+
+        def pending(channels: int) -> Prologue:
+            return transform(table(x.shape[0], channels), activation)
+
+        sample = Sample(tuple(x.shape), image, table, pending, True, False, x.shape[1])
+        return cls(x, lambda name: [*ops.PASSES[name].examples(sample)])
 
     def to(self, dtype: torch.dtype) -> "Work":
         """All of it in another precision."""
-        (x, g, r, one), p = (t.to(dtype) for t in self[:4]), self.prologue
-        slope = None if p.slope is None else one
-        return Work(x, g, r, one, Prologue(one, one, p.activation, slope, one, one))
+        return Work(
+            self.x.to(dtype), lambda name: [cast(one, dtype) for one in self.arguments(name)]
+        )
 
     def step(self, passes: Any, name: str) -> Step:
         """What a pass makes of it."""
-        x, g, r, one, p = self
-        fold = Fold(one, one, one)
-        two, size = (2,) * (x.ndim - 2), tuple(x.shape[2:])
-        fine = tuple(2 * n for n in size)
-        grid = Grid((0.5,) * len(size), (0.5,) * len(size), (-0.5,) * len(size))
-        found = {
-            "max_pool": lambda: passes.max_pool(x, p, two)[:1],  # rounding decides where it is
-            "max_pool_dgrad": lambda: (
-                passes.max_pool_dgrad(*passes.max_pool(x, NOTHING, two), two, size),
-            ),
-            "concatenate": lambda: (passes.concatenate(x, p, r, NOTHING, x.dtype),),
-            "resize": lambda: (passes.resize(x, p, fine, grid),),
-            "resize_dgrad": lambda: (
-                passes.resize_dgrad(passes.resize(x, NOTHING, fine, grid), size, grid),
-            ),
-            "moments": lambda: passes.moments(x, p),
-            "materialize": lambda: (passes.materialize(x, p, r, x.dtype),),
-            "materialize_moments": lambda: passes.materialize_moments(x, p, r, x.dtype),
-            "prologue_sums": lambda: passes.prologue_sums(g, x, p, one, None, False)[: self._sums],
-            "prologue_dgrad": lambda: (passes.prologue_dgrad(g, x, p, fold, True),),
-        }[name]()
+        found: list[Tensor] = []
+        for arguments in self.arguments(name):
+            out = getattr(passes, name)(*arguments)
+            if name == "max_pool":
+                out = out[0]  # rounding decides where it is
+            elif name == "prologue_sums" and arguments[2].slope is None:
+                out = out[:2]  # the third is for a slope
+            found += [out] if isinstance(out, Tensor) else out
         return Step(tuple(f"result {n}" for n in range(len(found))), tuple(found))
 
-    @property
-    def _sums(self) -> int:
-        return 2 if self.prologue.slope is None else 3  # the third is for a slope
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """Arguments of a pass in another precision."""
+    if isinstance(value, tuple):
+        parts = [cast(one, dtype) for one in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.to(dtype)
+    return dtype if isinstance(value, torch.dtype) else value
 
 
 class ProductWork(NamedTuple):
@@ -246,10 +252,11 @@ class ProductWork(NamedTuple):
         return Step(tuple(f"result {n}" for n in range(len(found))), tuple(found))
 
 
-PLANNED = ("moments", "materialize", "materialize_moments", "prologue_sums", "prologue_dgrad")
+PLANNED = tuple(name for name, record in ops.PASSES.items() if record.planned)
 """Passes over an image that the tuner may plan."""
 
-PASSES = (*PLANNED, "max_pool", "max_pool_dgrad", "concatenate", "resize", "resize_dgrad")
+PASSES = tuple(name for name, record in ops.PASSES.items() if record.of != "products")
+"""Those that `Work.step` computes."""
 
 PRODUCTS = {
     "conv_fprop": ("conv_fprop", "conv_fprop, fused", "conv_fprop, of two images"),

@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cassetta.kernels import dispatch, reference
+from cassetta.kernels import dispatch, ops, reference
+from cassetta.kernels.examples import Sample
 from cassetta.kernels.types import Activation, Prologue
+from cassetta.measure.agreement import PLANNED, cast
 from cassetta.measure.correct import Expected
 from cassetta.measure.peers import Rival, as_it_is
 
-NAMES = ("moments", "materialize", "prologue_sums", "prologue_dgrad")
+NAMES = PLANNED
 
 
 def rivals(device: torch.device, layouts: Any) -> list[Rival]:
@@ -27,50 +29,60 @@ def rivals(device: torch.device, layouts: Any) -> list[Rival]:
 
 
 class Work(NamedTuple):
-    """What the passes work on: images, gradients, and one pending transform."""
+    """What the passes work on: so many examples of each, with one pending transform."""
 
-    images: list[Tensor]
-    gradients: list[Tensor]
-    target: Tensor
-    prologue: Prologue
-    centre: Tensor
+    sample: Sample
+    nb: int
+    arguments: dict[str, list[tuple[Any, ...]]]  # of each pass, drawn when they are first needed
+
+    def given(self, what: str) -> list[tuple[Any, ...]]:
+        """What a pass is called with, in turn."""
+        if what not in self.arguments:
+            examples = ops.PASSES[what].examples
+            self.arguments[what] = [next(iter(examples(self.sample))) for _ in range(self.nb)]
+        return self.arguments[what]
 
     def run(self, what: str, engine: str) -> Callable[[int], Any]:
         """A pass, or the copy of an image, over the images in turn."""
-        passes = dispatch.passes(self.images[0]) if engine == "library" else reference
-        p = self.prologue
+        several = self.given(what)
+        image = several[0][0]
+        passes = dispatch.passes(image) if engine == "library" else reference
+        target = torch.empty_like(image) if engine == "copy" else image
 
         def one(k: int) -> Any:
-            x, g = (several[k % len(several)] for several in (self.images, self.gradients))
+            arguments = several[k % len(several)]
             if engine == "copy":
-                return self.target.copy_(x)
-            if what == "moments":
-                return passes.moments(x, p)
-            if what == "materialize":
-                return passes.materialize(x, p, None, x.dtype)
-            if what == "prologue_sums":
-                return passes.prologue_sums(g, x, p, self.centre, None, False)
-            return passes.prologue_dgrad(g, x, p, None, False)
+                return target.copy_(arguments[0])
+            return getattr(passes, what)(*arguments)
 
         return one
 
     def expected(self, what: str) -> Expected:
         """What plain PyTorch computes of the first image."""
-        wide = self._replace(images=[self.images[0].float()], gradients=[self.gradients[0].float()])
-        return Expected(*(tensors(work.run(what, "reference")(0)) for work in (wide, self)))
+        own = self.given(what)[0]
+        run = getattr(reference, what)
+        return Expected(tensors(run(*cast(own, torch.float32))), tensors(run(*own)))
+
+    def moved(self, what: str, engine: str, result: Any) -> int:
+        """Bytes of the images that a run reads and writes, each once."""
+        given = self.given(what)[0][: 1 if engine == "copy" else None]
+        every = [x for x in (*given, *tensors(result)) if isinstance(x, Tensor)]
+        return sum(x.nbytes for x in every if x.shape == self.sample.shape)
 
 
 def work(shape: tuple[int, ...], layout: str, dtype: torch.dtype, nb: int, device: Any) -> Work:
     """Images and gradients in this layout, drawn anew."""
 
-    def image() -> Tensor:
-        x = torch.randn(shape, device=device).to(dtype)
-        return in_memory(x, layout)
+    def image(shape: tuple[int, ...]) -> Tensor:
+        return in_memory(torch.randn(shape, device=device).to(dtype), layout)
 
-    images = [image() for _ in range(nb)]
+    def table(*shape: int) -> Tensor:
+        return torch.rand(shape, device=device) + 0.5
+
     scale, shift = torch.randn(2, *shape[:2], device=device)
     prologue = Prologue(scale, shift, Activation("relu"))
-    return Work(images, [image() for _ in range(nb)], image(), prologue, shift)
+    sample = Sample(shape, image, table, lambda c: prologue, False, False, shape[1])
+    return Work(sample, nb, {})
 
 
 def in_memory(x: Tensor, layout: str) -> Tensor:

@@ -9,7 +9,7 @@ gradient that arrives are read, and the one that leaves is written.
 import copy
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -20,9 +20,6 @@ from cassetta.measure.timing import interleaved
 
 _TOUCHED = {"inference": 2, "forward+backward": 5, "step": 5}  # images that a block moves
 _REPEATED = {"inference": 1, "forward+backward": 3, "step": 3}  # convolutions of the same size
-
-PASSES = {"copy": 2, "moments": 1, "materialize": 2, "prologue_sums": 2, "prologue_dgrad": 3}
-"""Images that each pass reads and writes."""
 
 
 class Roofs(NamedTuple):
@@ -95,8 +92,3 @@ def moved(net: nn.Module, shape: tuple[int, ...], what: str, dtype: torch.dtype)
 
 def _moved(row: Row, what: str, dtype: torch.dtype) -> int:
     return _TOUCHED[what] * math.prod(row.shape) * dtype.itemsize if row.shape else 0
-
-
-def pass_moved(name: str, x: Any) -> int:
-    """Bytes that a pass over an image reads and writes."""
-    return PASSES[name] * x.nbytes

@@ -214,7 +214,7 @@ class PassStage:
                 why = correct.agrees(tensors(found), work.expected(what))
             if why:
                 raise Wrong(why)
-        moved = roofs.pass_moved("copy" if rival.role == "roof" else what, work.images[0])
+        moved = work.moved(what, rival.engine, found)
         columns = {"gflop": 0.0, "moved_mib": moved / MIB}  # torch counts no elementwise operation
         with spending("memory", rival.engine):
             peak = peak_bytes(run, self.task.device)
