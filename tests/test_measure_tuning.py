@@ -73,7 +73,7 @@ def test_the_fastest_is_chosen_kept_and_told_of(monkeypatch, open_choice):
 WRONG = {
     "one voxel": ("fprop", lambda y: y.index_put((torch.tensor(0),) * 4, torch.tensor(9.0))),
     "a percent": ("fprop", lambda y: y * 1.01),
-    "its gradient": ("wgrad", lambda dw: 0 * dw),
+    "its gradient": ("bprop", lambda dz: 0 * dz),
     "NaN": ("fprop", lambda y: y * float("nan")),
     "its shape": ("fprop", lambda y: y[..., :1]),
     "its dtype": ("fprop", lambda y: y.double()),
@@ -86,8 +86,8 @@ def test_a_wrong_engine_is_refused_however_fast(monkeypatch, open_choice, what):
     right = getattr(engines.library, function)
 
     def wrong(*args, **options):
-        first, second = right(*args, **options)
-        return change(first), second
+        first, *others = right(*args, **options)
+        return change(first), *others
 
     add_engine(monkeypatch, "wrong", **{function: wrong})
     times(monkeypatch, wrong=0.001)

@@ -105,12 +105,16 @@ class Given(NamedTuple):
 
 
 def flat(given: Given) -> list[Any]:
-    """Return it as arguments of a node."""
+    """Return it as arguments of a node: as it is, or in parts, which a compiler asks for."""
+    if not torch.compiler.is_compiling():
+        return [given]
     return [one for part in given for one in part]
 
 
 def unflat(flat: Sequence[Any]) -> Given:
-    """Return what `flat` took apart."""
+    """Return what `flat` was given."""
+    if len(flat) == 1:
+        return flat[0]
     n = 17 + len(Tables._fields)
     one, two, epilogue, found = flat[:6], flat[6:12], flat[12:17], flat[17:n]
     factors, own, numbers = flat[n : n + 3], flat[n + 3 : n + 5], flat[n + 5 :]
@@ -206,11 +210,11 @@ class Block(Function):
         if plan.product is None:
             grads[0] = dy
         elif to_y:
-            del g, sums  # in the hope that nobody else holds them
-            grads[4:6] = _to_weights(plan.product, dy, x, p, x2, p2, w, b, needs[4:6])
-            centres = (one[5] if ctx.reads_sums[0] else None, two[5] if ctx.reads_sums[1] else None)
-            asked = (needs[0] or needs[1], needs[2] or needs[3])
-            grads[:4] = _to_images(plan, dy, x, p, x2, p2, w, centres, asked)
+            images = [(x, p, one[5] if ctx.reads_sums[0] else None)]
+            if x2 is not None:
+                images.append((x2, p2, two[5] if ctx.reads_sums[1] else None))
+            asked = (needs[0] or needs[1], needs[2] or needs[3], *needs[4:6])
+            grads[:6] = _through_product(plan, dy, images, w, b, asked)
             grads[6] = dy
         for place, dtype in zip((4, 5, 7, 8, 9), ctx.dtypes, strict=True):
             grad = grads[place]
@@ -219,53 +223,43 @@ class Block(Function):
         return None, None, *grads, *[None] * ctx.nb_others
 
 
-def _to_weights(
-    product: Product, g: Tensor, x: Tensor, p: Prologue, x2: Tensor | None, p2: Prologue,
-    w: Tensor, b: Tensor | None, needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Return the gradients of w and b that are needed; those of two images one after the other."""
-    engine, geometry, transposed = product
-    run, to_w, to_b = ENGINES[engine], *needs
-    if not (to_w or to_b):
-        return None, None
+def _through_product(
+    plan: Plan, g: Tensor, images: Sequence[tuple[Tensor, Prologue, Tensor | None]], w: Tensor,
+    b: Tensor | None, needs: tuple[bool, ...],
+) -> list[Tensor | None]:  # fmt: skip
+    """Return the gradients of either image and of its sums, of w and b, as far as they are needed.
+
+    An image comes with its pending transform, and with a centre if sums of its gradient are asked
+    for. Two are read one after the other, so that no operand is as large as both.
+    """
+    engine, geometry, transposed = plan.product  # type: ignore[misc]
+    run, (x, p, _) = ENGINES[engine], images[0]
+    to_w, to_b = needs[2:]
+    grads: list[Tensor | None] = [None] * 6
     with unrounded(g):
         if transposed:  # as of the convolution whose image is g, and whose gradient z
-            dw = db = None
             if to_w:
                 z = x.to(w.dtype) if p.is_identity() else ops.materialize(x, p, None, w.dtype)
-                dw, _ = run.wgrad(z, g, NOTHING, w, None, geometry, (True, False))
+                grads[4], _ = run.wgrad(z, g, NOTHING, w, None, geometry, (True, False))
             if to_b:
                 wide = torch.promote_types(g.dtype, torch.float32)
-                db = g.sum((0, *range(2, g.ndim)), dtype=wide)
-            return dw, db
-        if x2 is None:
-            return run.wgrad(g, x, p, w, b, geometry, (to_w, to_b))
-        c = x.shape[1]
-        dw, db = run.wgrad(g, x, p, w[:, :c], b, geometry, (to_w, to_b))
-        if to_w:
-            dw2, _ = run.wgrad(g, x2, p2, w[:, c:], None, geometry, (True, False))
-            dw = torch.cat([dw, dw2], 1)
-        return dw, db
-
-
-def _to_images(
-    plan: Plan, g: Tensor, x: Tensor, p: Prologue, x2: Tensor | None, p2: Prologue, w: Tensor,
-    centres: tuple[Tensor | None, Tensor | None], needs: tuple[bool, bool],
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Return the gradients of the images that are needed, each with that of its sums."""
-    engine, geometry, transposed = plan.product  # type: ignore[misc]
-    run, c = ENGINES[engine], x.shape[1]
-    with unrounded(g):
-        if transposed:
-            dx = run.fprop(g, NOTHING, None, NOTHING, w, None, geometry)[0] if needs[0] else None
-            return dx, None, None, None
-        found: list[Tensor | None] = [None] * 4
-        if needs[0]:
-            part = w if x2 is None else w[:, :c]
-            found[:2] = run.dgrad(g, part, geometry, x, p, centres[0], plan.outer[0])
-        if needs[1] and x2 is not None:
-            found[2:] = run.dgrad(g, w[:, c:], geometry, x2, p2, centres[1], plan.outer[1])
-        return tuple(found)
+                grads[5] = g.sum((0, *range(2, g.ndim)), dtype=wide)
+            if needs[0]:
+                grads[0], _ = run.fprop(g, NOTHING, None, NOTHING, w, None, geometry)
+            return grads
+        start, shares = 0, []
+        for n, (x, p, centre) in enumerate(images):
+            part = w if len(images) == 1 else w[:, start : start + x.shape[1]]
+            start += x.shape[1]
+            asked = needs[n], to_w, to_b and n == 0
+            if not any(asked):
+                continue
+            *found, dw, db = run.bprop(g, x, p, part, b, geometry, asked, centre, plan.outer[n])
+            grads[2 * n : 2 * n + 2] = found
+            shares.append(dw)
+            grads[5] = db if n == 0 else grads[5]
+        grads[4] = shares[0] if len(shares) == 1 or not to_w else torch.cat(shares, 1)
+    return grads
 
 
 def unrounded(x: Tensor) -> AbstractContextManager:

@@ -169,7 +169,8 @@ class Work:
         def pending(channels: int) -> Prologue:
             return transform(table(x.shape[0], channels), activation)
 
-        sample = Sample(tuple(x.shape), image, table, pending, True, False, x.shape[1])
+        is_last = x.stride(1) == 1  # of the two ways that a pass may go, each in one layout
+        sample = Sample(tuple(x.shape), image, table, pending, True, is_last, x.shape[1])
         return cls(x, lambda name: [*ops.PASSES[name].examples(sample)])
 
     def to(self, dtype: torch.dtype) -> "Work":

@@ -7,7 +7,8 @@ An engine is a module, or any object, with
     is_last(x_is_last, w)           whether it returns channels last
     fprop(x, p, x2, p2, w, ...)     the convolution of one image, or of two, side by side
     dgrad(g, w, geometry, x, ...)   the gradient of an image
-    wgrad(g, x, p, w, geometry, .)  those of the weights and the bias
+    wgrad(g, x, p, w, b, ...)       those of the weights and the bias
+    bprop(g, x, p, w, b, ...)       all of these that are needed
     transposed(x, p, w, b, ...)     the adjoint of a convolution whose stride is its size
 
 x (N, C, *X) comes with the transform p that is still to be applied to it (`types.Prologue`). All

@@ -37,6 +37,16 @@ def fprop(
     return y, None if moments_of is None else Moments(*own)
 
 
+def bprop(
+    g: Tensor, x: Tensor, p: Prologue, w: Tensor, b: Tensor | None, geometry: Geometry,
+    needs: tuple[bool, bool, bool], centre: Tensor | None = None, outer: bool = False,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Return the gradients of z (and its sums, with a centre), w and b that are needed."""
+    dw, db = wgrad(g, x, p, w, b, geometry, needs[1:])
+    dz, sums = dgrad(g, w, geometry, x, p, centre, outer) if needs[0] else (None, None)
+    return dz, sums, dw, db
+
+
 def dgrad(
     g: Tensor, w: Tensor, geometry: Geometry, x: Tensor, p: Prologue = NOTHING,
     centre: Tensor | None = None, outer: bool = False,

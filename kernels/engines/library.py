@@ -4,12 +4,16 @@ Two images are concatenated for the product, and nothing of that is kept. Backwa
 after the other, so that no operand is ever as large as both.
 """
 
+import torch
 from torch import Tensor
 
 from cassetta.kernels import library, ops
 from cassetta.kernels.types import NOTHING, Activation, Geometry, Moments, Prologue
 
 FUSES = False
+
+LARGE = 2**24
+"""Elements of an image from which on its memory counts more than a call of the host."""
 
 
 def supports(geometry: Geometry, taps: tuple[int, ...]) -> str | None:
@@ -32,15 +36,34 @@ def fprop(
     return library.conv(z, w, b, geometry), None
 
 
+def bprop(
+    g: Tensor, x: Tensor, p: Prologue, w: Tensor, b: Tensor | None, geometry: Geometry,
+    needs: tuple[bool, bool, bool], centre: Tensor | None = None, outer: bool = False,
+) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Return the gradients of z, w and b that are needed, and, in the second place, no sums.
+
+    By one call, which is quicker for the host; or, where images are large, by two, so that z is
+    gone before its gradient is there.
+    """
+    if needs[0] and any(needs[1:]) and _is_large(g):
+        dw, db = wgrad(g, x, p, w, b, geometry, needs[1:])
+        return *dgrad(g, w, geometry, x), dw, db
+    z = _operand(x, p if needs[1] else NOTHING, w)  # else for its shape and layout
+    dz, dw, db = library.conv_backward(g, z, w, b, geometry, needs)
+    return dz, None, dw, db
+
+
+def _is_large(g: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and g.numel() >= LARGE
+
+
 def dgrad(
     g: Tensor, w: Tensor, geometry: Geometry, x: Tensor, p: Prologue = NOTHING,
     centre: Tensor | None = None, outer: bool = False,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor | None, None]:  # fmt: skip
     """Return the gradient of z, given that of y, g (N, K, *Y); and no sums."""
-    like = x.to(w.dtype)  # for its shape and layout
-    dz, _, _ = library.conv_backward(g, like, w, None, geometry, (True, False, False))
-    assert dz is not None
-    return dz, None
+    like = _operand(x, NOTHING, w)
+    return library.conv_backward(g, like, w, None, geometry, (True, False, False))[0], None
 
 
 def wgrad(

@@ -1,0 +1,169 @@
+"""Convolutions that wait until they are read: computed once, in one node or two."""
+
+import copy
+import importlib
+
+import pytest
+import torch
+
+from cassetta.backbones import ATrousNet, ConvDecoder, ConvEncoder, MeshNet, UNet
+from cassetta.functional import Deferred, Pool, Product, convolved, defer
+from cassetta.kernels import dispatch, engines
+from cassetta.kernels.types import Activation, Geometry
+from cassetta.layers import ConvBlock, ConvGroup, ModuleSum
+
+from compare import Counted, assert_near
+
+NETS = {
+    "unet": lambda: (UNet(2, 4, nb_levels=3, norm="batch"), (2, 4, 8, 8)),
+    "unet, residual": lambda: (UNet(2, 4, nb_levels=2, norm=2, residual=True), (2, 4, 8, 8)),
+    "unet, summed": lambda: (UNet(2, 4, nb_levels=2, skip="+"), (2, 4, 8, 8)),
+    "unet, interpolated": lambda: (
+        UNet(2, 4, nb_levels=2, norm="instance", pool_mode="interpolate", unpool_mode=None),
+        (2, 4, 8, 8),
+    ),
+    "meshnet": lambda: (MeshNet(2, 4, nb_layers=3, residual=True), (2, 4, 9, 9)),
+    "atrous": lambda: (ATrousNet(2, 4, nb_levels=2, residual=True), (2, 4, 9, 9)),
+    "group": lambda: (ConvGroup(2, 4, nb_conv=3, residual=True, norm="batch"), (2, 4, 9, 9)),
+    "branches": lambda: (
+        ModuleSum([ConvBlock(2, 4, 4, norm="instance") for _ in range(3)]), (2, 4, 9, 9),
+    ),
+}  # fmt: skip
+
+FORWARD = {
+    "library": ("aten.convolution",),
+    "gemm": ("cassetta.conv_fprop", "cassetta.conv_transposed"),
+}
+
+
+def convolutions(net):
+    """How many there are."""
+    return sum(type(m).__name__.startswith(("Conv1", "Conv2", "Conv3", "ConvT")) or
+               type(m).__name__ == "Conv" for m in net.modules())  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", NETS)
+def test_each_convolution_is_computed_once(name, training, engine):
+    """Whoever reads an image twice says so: nothing is computed again, statistics tracked once."""
+    make, shape = NETS[name]()
+    net, inp = make.train(training), torch.randn(shape)
+    with dispatch.fused_on_reference(), torch.set_grad_enabled(training), Counted() as counted:
+        net(inp)
+    assert sum(counted.count(operator) for operator in FORWARD[engine]) == convolutions(net)
+    for module in net.modules():
+        if getattr(module, "num_batches_tracked", None) is not None:
+            assert module.num_batches_tracked == (1 if training else 0)
+
+
+def test_encoder_and_decoder_apart(engine):
+    encoder, decoder = ConvEncoder(2, [4, 8], norm="batch"), ConvDecoder(2, [8, 4], norm="batch")
+    with dispatch.fused_on_reference(), Counted() as counted:
+        levels = encoder(torch.randn(1, 4, 8, 8), return_all=True)
+        decoder(*levels[::-1])
+    found = sum(counted.count(operator) for operator in FORWARD[engine])
+    assert found == convolutions(encoder) + convolutions(decoder)
+
+
+@pytest.mark.parametrize("order", ["cndax", "caxnd", "ncdax", "cadnx"])
+@pytest.mark.parametrize("norm", ["batch", "instance", None], ids=str)
+@pytest.mark.parametrize("activation", ["ReLU", "GELU", "PReLU"])
+def test_two_nodes_are_one(order, norm, activation, engine, monkeypatch):
+    """Where images are large a convolution and its steps are nodes of their own: the same bits."""
+    launch = importlib.import_module("cassetta.functional.launch")
+    options = {"norm": norm, "activation": activation, "dropout": 0.2, "order": order}
+    net = ConvGroup(2, 4, nb_conv=2, **options).double()
+    found, nodes = [], []
+    for least in (0, 2**24):
+        monkeypatch.setattr(launch, "APART", least)
+        one, inp = copy.deepcopy(net), torch.linspace(-1, 1, 200, dtype=torch.float64)
+        inp = inp.reshape(2, 4, 5, 5).requires_grad_()
+        torch.manual_seed(0)
+        with dispatch.fused_on_reference():
+            out = one(inp)
+        out.backward(out.detach().cos())
+        found.append([out.detach(), inp.grad, *(p.grad for p in one.parameters()), *one.buffers()])
+        nodes.append(count(out.grad_fn))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    before = order == "ncdax" and norm is not None  # a norm of the input, which no convolution has
+    assert nodes[0] > nodes[1] == 2 + before
+
+
+def count(last):
+    """How many nodes of `Block` there are before a node."""
+    seen, left = set(), [last]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [before for before, _ in node.next_functions]
+    return sum(type(node).__name__ == "BlockBackward" for node in seen)
+
+
+def image(channels=4):
+    """An image that a convolution of x leaves, and what x and the weights are."""
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(channels, 3, 3, dtype=torch.float64, requires_grad=True)
+    return x, w
+
+
+@pytest.mark.parametrize("first", ["late", "early"])
+def test_a_reader_that_was_not_announced_gets_what_it_asked_for(first, engine):
+    """Steps were added to an image that is read without them, too: before or after they are."""
+    x, w = image()
+    geometry = Geometry((1,), ((1, 1),), (1,))
+    gamma, beta = torch.ones(2, 4, dtype=torch.float64).unbind()
+    seen = []
+    with dispatch.fused_on_reference():
+        early = convolved(defer(x), Product(engine, geometry), w, None)
+        late = early.normalized(
+            gamma, beta, 1e-5, Pool("batch"), track=lambda *found: seen.append(found)
+        ).activated(Activation("silu"))
+        order = (late, early) if first == "late" else (early, late)
+        found = dict(zip(("late", "early") if first == "late" else ("early", "late"),
+                         [one.z() for one in order], strict=True))  # fmt: skip
+    y = torch.nn.functional.conv1d(x, w, padding=1)
+    z = torch.nn.functional.silu(torch.nn.functional.batch_norm(y, None, None, gamma, beta, True))
+    assert_near(found["early"].detach().contiguous(), y.detach())
+    assert_near(found["late"].detach().contiguous(), z.detach())
+    assert len(seen) == 1
+    both = found["early"].sin().sum() + found["late"].cos().sum()
+    expected = torch.autograd.grad(y.sin().sum() + z.cos().sum(), [x, w])
+    for ours, theirs in zip(torch.autograd.grad(both, [x, w]), expected, strict=True):
+        assert_near(ours, theirs)
+
+
+def test_what_waits_is_of_the_shape_and_layout_that_it_will_have(engine):
+    """The table of what was measured is asked before it is computed."""
+    for channels in (4, 8):
+        for last in (False, True):
+            x = torch.randn(2, 3, 6, 6)
+            x = x.to(memory_format=torch.channels_last) if last else x
+            w = torch.randn(channels, 3, 3, 3)
+            with dispatch.fused_on_reference():
+                product = Product(engine, Geometry((1, 1), ((1, 1),) * 2, (1, 1)))
+                waits = convolved(defer(x), product, w, None)
+                like, is_last = waits.like(), waits.is_last
+                y = waits.z()
+            assert (like.shape, like.dtype) == (y.shape, y.dtype)
+            assert is_last == (y.stride(1) == 1)
+
+
+def test_an_engine_is_a_module_with_these_functions():
+    names = {"FUSES", "supports", "is_last", "fprop", "bprop", "dgrad", "wgrad", "transposed"}
+    assert dispatch.DEFAULT in engines.ENGINES
+    for engine in engines.ENGINES.values():
+        public = {name for name in vars(engine) if not name.startswith("_")}
+        assert names <= public
+        assert all(getattr(engine, name).__doc__ for name in names - {"FUSES"})
+        for name in names - {"FUSES"}:  # with the same arguments
+            code, other = (one.__code__ for one in (getattr(engine, name),
+                                                    getattr(engines.library, name)))  # fmt: skip
+            assert code.co_varnames[: code.co_argcount] == other.co_varnames[: other.co_argcount]
+
+
+def test_a_tensor_is_read_as_it_is():
+    x = torch.randn(1, 2, 5)
+    assert Deferred(x).read().x is x
+    assert Deferred(x).z() is x
