@@ -115,13 +115,15 @@ class ModuleSum(nn.ModuleList):
         total: Deferred | None = None
         x = x.kept() if len(self) > 1 else x
         for module in self:
-            out = defer(fusing.run(module, x))
-            if total is not None and out.shape != total.shape:
+            # before the next module works, which may change its input in place
+            before = None if total is None else total.z()
+            total = defer(fusing.run(module, x))
+            if before is not None and before.shape != total.shape:
                 raise ValueError(
-                    f"the modules return different shapes, {tuple(total.shape)} and "
-                    f"{tuple(out.shape)}: no sum has one"
+                    f"the modules return different shapes, {tuple(before.shape)} and "
+                    f"{tuple(total.shape)}: no sum has one"
                 )
-            total = out if total is None else out.plus(materialize(total))
+            total = total if before is None else total.plus(before)
         assert total is not None
         return total
 
