@@ -103,7 +103,7 @@ UNTRACED = {
         r"\bnext\(\(?\w.* for ", r"\bvars\(", r" in \w+\.values\(\) for ", r"\*self\[:",
     ],
     ("layers", "backbones", "models", "functional"): [  # kernels are called by operators
-        r"\._replace\(", r"\.remove\(", r"\bany\(\w+ (not )?in ",
+        r"\._replace\(", r"\.remove\(", r"\bany\(\w+ (not )?in ", r"self\._fields",
     ],
     ("layers", "backbones", "models"): [  # where self is a module
         r"\w+(, \*?\w+)+ = self$", r"enumerate\(self\)", r"zip\(self,",

@@ -41,20 +41,16 @@ class Steps(NamedTuple):
         n, found = len(self.word), list(self.factors)
         before = found[n]
         found[n] = factor if before is None else before * factor
-        return self._replaced(factors=tuple(found))
+        word, activation, weight, norm, _ = self  # (torch 2.8 traces no `_replace`)
+        return Steps(word, activation, weight, norm, tuple(found))
 
     def activated(self, activation: Activation, weight: Tensor | None) -> Steps:
         """Add an activation."""
-        word = self.word + "a"
-        return self._replaced(word=word, activation=activation, weight=weight)
+        return Steps(self.word + "a", activation, weight, self.norm, self.factors)
 
     def normalized(self, norm: Normalization) -> Steps:
         """Add a norm."""
-        return self._replaced(word=self.word + "n", norm=norm)
-
-    def _replaced(self, **changes: Any) -> Steps:  # (torch 2.8 traces no `_replace`)
-        now = {name: changes.get(name, one) for name, one in zip(self._fields, self, strict=True)}
-        return Steps(**now)
+        return Steps(self.word + "n", self.activation, self.weight, norm, self.factors)
 
     def are_known(self) -> bool:
         """Tell whether no statistics are to be computed first."""
