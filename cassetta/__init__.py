@@ -8,7 +8,8 @@ functional  what the layers compute
 kernels     who computes it, and why
 
 `summary(net, shape)` says what a network costs, `largest(net, shape, memory)` how much of it fits,
-`explain(net, image)` who runs it and why, `tune(net, image)` finds out what runs it fastest.
+`explain(net, image)` who runs it and why, `tune(net, image)` finds out what runs it fastest, and
+`graphed(net, patch)` captures it in CUDA graphs, for patches of one size.
 """
 
 from cassetta import (
@@ -23,6 +24,7 @@ from cassetta import (
 from cassetta.costs import summary as summary
 from cassetta.explanation import explain as explain
 from cassetta.fitting import largest as largest
+from cassetta.graphs import graphed as graphed
 from cassetta.kernels.dispatch import set_backend as set_backend, use_backend as use_backend
 from cassetta.measure.tuning import tune as tune
 

@@ -1,10 +1,13 @@
 """What only a GPU can show. Most decisive first; `make test-gpu` runs this before all else."""
 
+import copy
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,6 +177,97 @@ def test_a_cuda_graph_captures_a_step(name, kernels, engine):
     graph.replay()
     torch.cuda.synchronize()
     assert_alike([out.detach(), *(p.grad for p in net.parameters())], expected)
+
+
+def trained(net, call, images, dtype):
+    """Losses of some steps of a training that adds up gradients, and what became of the network."""
+    optimizer = torch.optim.SGD(net.parameters(), 1e-2, momentum=0.9)
+    losses = []
+    for n, image in enumerate(images):
+        with autocast(image, dtype):
+            loss = call(image).float().square().mean()
+        loss.backward()
+        losses.append(loss.detach())
+        if n % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    return [*losses, *(p.detach() for p in net.parameters()), *net.buffers()]
+
+
+GRAPHED = [("unet", DTYPES[0]), ("meshnet", DTYPES[0]), ("unet, batch norm", DTYPES[1])]
+
+
+@pytest.mark.parametrize(("name", "dtype"), GRAPHED, ids=str)
+def test_a_graphed_network_is_trained_alike(name, dtype, kernels, engine):
+    """Captured once, with every image of its own; statistics of batches are those of each step."""
+    net, shape = NETS[name]()
+    net = net.to(kernels)
+    images = [torch.randn(shape, device=kernels) for _ in range(6)]
+    twin, before = copy.deepcopy(net), [one.clone() for one in net.buffers()]
+    with autocast(images[0], dtype):
+        step = cassetta.graphed(net, images[0])
+    for one, other in zip(net.buffers(), before, strict=True):
+        assert torch.equal(one, other)
+    assert all(p.grad is None for p in net.parameters())
+    found, expected = (trained(*one, images, dtype) for one in ((net, step), (twin, twin)))
+    for one, other in zip(found, expected, strict=True):
+        bound = 1e-4 if dtype is torch.float32 else 2e-2
+        assert (one.double() - other).norm() <= bound * max(other.double().norm().item(), 1e-2)
+
+
+@pytest.mark.parametrize("name", ["unet", "meshnet", "atrous"])
+def test_a_graphed_network_predicts_alike(name, kernels, engine):
+    net, shape = NETS[name]()
+    net = net.to(kernels).eval()
+    images = [torch.randn(shape, device=kernels) for _ in range(3)]
+    with torch.no_grad():
+        predict = cassetta.graphed(net, images[0])
+        found = [predict(image) for image in images]
+        for one, image in zip(found, images, strict=True):
+            assert_near(one, net(image), 1e-4)
+
+
+def test_dropout_is_drawn_anew_by_each_replay(kernels, engine):
+    """The numbers that eager draws from the same seed, and none of them by the capture."""
+    block = ConvBlock(3, 8, 8, dropout=0.5, norm="instance", activation="ReLU", order="cnda")
+    block, inp = block.to(kernels), torch.randn(sized(2, 8, 16, 16, 16), device=kernels)
+    torch.manual_seed(3)
+    expected = [block(inp) for _ in range(3)]
+    torch.manual_seed(3)
+    step = cassetta.graphed(block, inp)
+    found = [step(inp) for _ in range(3)]
+    assert not torch.equal(found[0], found[1])
+    for one, other in zip(found, expected, strict=True):
+        assert_near(one, other, 1e-5)
+
+
+@pytest.mark.parametrize(("name", "train"), [("unet", True), ("meshnet", False)])
+def test_compiled_with_cuda_graphs(name, train, kernels):
+    """By torch itself: it warms up, captures, and replays."""
+    net, shape = NETS[name]()
+    net = net.to(kernels).train(train)
+    fast = torch.compile(net, mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):
+        inp = torch.randn(shape, device=kernels)
+        torch.compiler.cudagraph_mark_step_begin()
+        if train:
+            assert_alike(step(fast, inp), step(net, inp))
+        else:
+            with torch.no_grad():
+                assert_near(fast(inp), net(inp), 1e-4)
+
+
+def test_the_recipe_for_fixed_patches(kernels):
+    """Each block of code of docs/patches.md, one after the other."""
+    page = (Path(__file__).parents[1] / "docs" / "patches.md").read_text()
+    page = page.replace("64, 64, 64", ", ".join([str(64 // SCALE)] * 3))
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 4
+    known = {}
+    for block in blocks:
+        exec(block, known)
+    assert known["labels"].shape == (1, *[64 // SCALE] * 3)
+    assert len(known["losses"]) == 4
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

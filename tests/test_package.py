@@ -24,6 +24,8 @@ FLOORS = [
     "costs",
     "rehearsal",
     "explanation",
+    "graphs",
+    "capturable",
     "models",
     "backbones",
     "layers",
@@ -144,7 +146,7 @@ def test_functions_within_functions_take_no_unions_of_types():
 def test_only_the_kernels_know_of_devices_and_triton():
     asks = re.compile(r"\bis_cuda\b|\btorch\.cuda\b|\bimport triton\b|\bfrom triton\b")
     for path in sources():
-        if {"kernels", "cli", "measure"} & {*path.relative_to(ROOT).parts[:2]}:
+        if {"kernels", "cli", "measure", "graphs.py"} & {*path.relative_to(ROOT).parts[:2]}:
             continue
         assert not asks.search(path.read_text()), path
 

@@ -3,7 +3,8 @@
 Kernels are launched, and the reference computes what they should have written. A test that passes
 shows that it, and the host's code under it, would run to the end on a GPU; it shows nothing of a
 kernel. It cannot see a tensor that was left on the CPU, for all tensors name a GPU as their device;
-streams and graphs do nothing here, gloo stands for NCCL, and inductor generates no code.
+streams do nothing here, graphs call again what they captured (`replayed`), gloo stands for NCCL,
+and inductor generates no code.
 """
 
 import contextlib
@@ -15,30 +16,10 @@ import torch
 
 from cassetta.kernels import dispatch, reference
 
+import replayed
+
 SMALLER = {"SCALE": 4, "TIMES": 2, "STEPS": 2}
 """Constants of the tests of a GPU, which are larger there."""
-
-
-class Stream:
-    """The only stream, in which all work is already done."""
-
-    cuda_stream = 0
-
-    def wait_stream(self, other):
-        pass
-
-
-class Graph:
-    """A CUDA graph, whose work was done while it was captured."""
-
-    def replay(self):
-        pass
-
-
-@contextlib.contextmanager
-def current(stream_or_graph):
-    """Run a `with` block, as `torch.cuda.stream` and `torch.cuda.graph` do."""
-    yield
 
 
 def answered():
@@ -83,6 +64,7 @@ class Autocast(torch.autocast):
 
 def compiled(net, **options):
     """Compile a network by all of `torch.compile` but inductor, which would generate for a GPU."""
+    options.pop("mode", None)  # of inductor
     out = _compile(net, **options | {"backend": "aot_eager_decomp_partition"})
     run = out.forward
 
@@ -100,8 +82,7 @@ _autocast, _compile = torch.autocast, torch.compile
 
 def pytest_configure():
     cuda = torch.cuda
-    cuda.Stream, cuda.CUDAGraph, cuda.stream, cuda.graph = Stream, Graph, current, current
-    cuda.current_stream = lambda device=None: Stream()
+    replayed.installed(setattr)
     cuda._sleep = lambda cycles: None
     cuda.mem_get_info = lambda device=None: (2**33, 2**36)
     torch.compile, torch.autocast = compiled, Autocast
