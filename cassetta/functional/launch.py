@@ -174,7 +174,7 @@ def _plan(
         x.prologue.activation, p2.activation, epilogue.activation, steps.activation, own,
     )  # fmt: skip
     # as `flat` of a prologue has them
-    numbers = [float(one) for activation in activations for one in activation[1:]]
+    numbers = [float(n) for activation in activations for n in (activation.p, activation.q)]
     norm, names = steps.norm, tuple([activation.name for activation in activations])
     pooled = None if norm is None else (norm.pool, norm.fixed is not None)
     plan = Plan(product, (x.outer, outer2), names, steps.word, pooled, of is not None, *flags)

@@ -74,8 +74,8 @@ class Steps(NamedTuple):
 
     def parameters(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return gamma, beta and the weight of PReLU, which may need gradients."""
-        gamma, beta = (None, None) if self.norm is None else self.norm[:2]
-        return gamma, beta, self.weight
+        norm = self.norm
+        return (None, None, self.weight) if norm is None else (norm.gamma, norm.beta, self.weight)
 
 
 class Tables(NamedTuple):
