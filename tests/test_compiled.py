@@ -45,14 +45,15 @@ def test_products_read_shared_memory_alone():
     these set registers that it reads (triton#11781): so it reads none, but those it adds to."""
     out = run(f"""{SPY}
 from cassetta.kernels import aot, conv_fprop, conv_wgrad, layout
+from cassetta.kernels.examples import transform
 from cassetta.kernels.plans import GemmPlan, WgradPlan, use_plan
-from cassetta.kernels.types import NOTHING, Geometry
+from cassetta.kernels.types import NOTHING, Activation, Geometry
 boxed = GemmPlan(64, 64, 64, 4, True), WgradPlan(64, 64, 64, 3, True)
 cases = ((64, True, ()), (21, False, ()), (64, False, boxed))  # pending, masked, in boxes
 with aot.recorded(90, "", []):
     for c, is_pending, plans in cases:
         x = layout.empty((1, c, 32, 32, 32), torch.bfloat16, "meta")
-        p = aot._pending(x, "silu", True)[1] if is_pending else NOTHING
+        p = transform(layout.tables(x), Activation("silu")) if is_pending else NOTHING
         w = torch.empty(c, c, 1, 1, 1, dtype=x.dtype, device="meta")
         unit = Geometry((1,) * 3, ((0, 0),) * 3, (1,) * 3)
         with use_plan(*plans):

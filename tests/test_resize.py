@@ -283,7 +283,7 @@ def test_a_pending_transform_is_interpolated_with_its_gradients(first, norm):
             pending = pending.activated(Activation("silu"))
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-            handle = pending.handle()
+            handle = pending.read().x
             before = len(saved)
             out = resize_deferred(pending, size, linear_grid((5, 6), size, (2, 1.5), "edge"))
         assert len(saved) == before  # nothing is kept for it
