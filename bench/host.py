@@ -32,14 +32,14 @@ import torch
 from torch import Tensor, nn
 
 from cassetta.backbones import MeshNet, UNet
-from cassetta.kernels import dispatch, evidence, machine
+from cassetta.kernels import dispatch, engines, evidence, machine
 from cassetta.layers import ConvGroup
 from cassetta.measure import rows, twins
 
 import libcuda
 
 COLUMNS = ("block", "engine", "forward_us", "step_us", "eager_forward_us", "eager_step_us")
-ENGINES = ("auto", "library", "gemm")
+ENGINES = ("auto", *engines.ENGINES)
 REPEATED = 8
 """How often in a row the same is run in a round; and once before, which does not count."""
 LONG, SHORT = 6, 2

@@ -16,7 +16,7 @@ import os
 import pytest
 import torch
 
-from cassetta.kernels import boxes, dispatch, evidence, plans
+from cassetta.kernels import boxes, dispatch, engines, evidence, plans
 
 pytest_plugins = ["budget"]
 
@@ -130,7 +130,7 @@ def kernels(monkeypatch):
         yield torch.device(DEVICE)
 
 
-@pytest.fixture(params=["library", "gemm"])
+@pytest.fixture(params=[*engines.ENGINES])
 def engine(request):
     """Which engine runs every fused block in this test."""
     with dispatch.use_engine(request.param), large_tiles():
