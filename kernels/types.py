@@ -111,9 +111,8 @@ def flat(prologue: Prologue) -> tuple[Any, ...]:
     that is first met within an `autograd.Function` cannot be told to the next (torch 2.13).
     """
     s1, t1, activation, slope, s2, t2 = prologue
-    if (
-        activation.name == "identity"
-    ):  # whose numbers torch 2.8 would open, too, as those of `NOTHING`
+    # torch 2.8 would also open the numbers of an identity, as those of `NOTHING`
+    if activation.name == "identity":
         return s1, t1, "identity", 0.0, 0.0, slope, s2, t2
     name, p, q = activation
     return s1, t1, name, float(p), float(q), slope, s2, t2
@@ -125,13 +124,13 @@ def unflat(arguments: Sequence[Any]) -> Prologue:
     return Prologue(s1, t1, Activation(name, p, q), slope, s2, t2)
 
 
-def apart(arguments: Sequence[Any]) -> tuple[list[Tensor | None], tuple[str, float, float]]:
-    """What `flat` gave, as tensors that autograd may save, and the rest."""
-    s1, t1, name, p, q, slope, s2, t2 = arguments
-    return [s1, t1, slope, s2, t2], (name, p, q)
+def apart(prologue: Prologue) -> tuple[Tensor | None, ...]:
+    """Return the tables of a prologue: s1, t1, slope, s2, t2."""
+    s1, t1, _, slope, s2, t2 = prologue
+    return s1, t1, slope, s2, t2
 
 
-def together(tensors: Sequence[Tensor | None], inner: tuple[str, float, float]) -> Prologue:
-    """The prologue that `apart` took apart."""
-    s1, t1, slope, s2, t2 = tensors
-    return Prologue(s1, t1, Activation(*inner), slope, s2, t2)
+def together(tables: Sequence[Tensor | None], activation: Activation) -> Prologue:
+    """Return the prologue of an activation and of tables in the order of `apart`."""
+    s1, t1, slope, s2, t2 = tables
+    return Prologue(s1, t1, activation, slope, s2, t2)

@@ -73,6 +73,13 @@ def examples(name: str, shape: tuple[int, ...], image: Draw, draw: Draw) -> list
     return [*found, *half] if any(torch.float32 in args for args in map(_plain, found)) else found
 
 
+def makers(run: str, kind: str, request: Any) -> tuple[Draw, Draw]:
+    """What makes images of a layout, of a shape, and tensors of any, for those who run a pass."""
+    device = request.getfixturevalue("kernels") if run == "triton" else torch.device("cpu")
+    draw = lambda *size: torch.randn(size, device=device)  # noqa: E731
+    return lambda shape: LAYOUTS[kind](draw(*shape)), draw
+
+
 def _plain(arguments: tuple[Any, ...]) -> list[Any]:
     return [one for one in arguments if isinstance(one, torch.dtype)]
 
@@ -83,9 +90,7 @@ def _plain(arguments: tuple[Any, ...]) -> list[Any]:
 @pytest.mark.parametrize("run", ["reference", "triton"])
 @pytest.mark.parametrize("name", ops.PASSES)
 def test_results_lie_as_compilers_are_told(name, run, kind, request):
-    device = request.getfixturevalue("kernels") if run == "triton" else torch.device("cpu")
-    draw = lambda *size: torch.randn(size, device=device)  # noqa: E731
-    image = lambda shape: LAYOUTS[kind](draw(*shape))  # noqa: E731
+    image, draw = makers(run, kind, request)
     with AsTold() as told, large_tiles():
         for shape in SHAPES if run == "reference" else SHAPES[::4]:
             for arguments in examples(name, shape, image, draw)[:: 1 if run == "reference" else 3]:
@@ -98,9 +103,7 @@ def test_results_lie_as_compilers_are_told(name, run, kind, request):
 @pytest.mark.parametrize("run", ["reference", "triton"])
 @pytest.mark.parametrize("name", ops.PASSES)
 def test_operators_are_registered_as_torch_wants_them(name, run, kind, request):
-    device = request.getfixturevalue("kernels") if run == "triton" else torch.device("cpu")
-    draw = lambda *size: torch.randn(size, device=device)  # noqa: E731
-    image = lambda shape: LAYOUTS[kind](draw(*shape))  # noqa: E731
+    image, draw = makers(run, kind, request)
     first, *_, last = examples(name, (2, 5, 4, 6), image, draw)
     for arguments in (first, last) if kind == "first" else (first,):
         assert_registered(name, lambda arguments=arguments: getattr(ops, name)(*arguments))

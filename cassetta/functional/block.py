@@ -31,7 +31,8 @@ from cassetta.functional.steps import (
 )
 from cassetta.kernels import layout, ops
 from cassetta.kernels.engines import ENGINES
-from cassetta.kernels.types import NOTHING, Activation, Geometry, Moments, Prologue
+from cassetta.kernels.operands import built, summed
+from cassetta.kernels.types import NOTHING, Activation, Geometry, Moments, Prologue, together
 
 
 class Image(NamedTuple):
@@ -122,11 +123,6 @@ def unflat(flat: Sequence[Any]) -> Given:
     return Given(tuple(one), tuple(two), tuple(epilogue), Tables(*found), *last)
 
 
-def _prologue(tables: Sequence[Tensor | None], activation: Activation) -> Prologue:
-    s1, t1, slope, s2, t2 = tables[:5]
-    return Prologue(s1, t1, activation, slope, s2, t2)
-
-
 def compute(
     plan: Plan, x: Tensor, x2: Tensor | None, w: Tensor | None, b: Tensor | None,
     r: Tensor | None, gamma: Any, beta: Any, weight: Any, given: Given,
@@ -138,7 +134,7 @@ def compute(
     if plan.product is not None:
         assert w is not None
         p, p2, epilogue = (
-            _prologue(tables, plan.activation(which, numbers))
+            together(tables[:5], plan.activation(which, numbers))
             for which, tables in enumerate((given.tables, given.tables2, given.epilogue))
         )
         engine, geometry, transposed = plan.product
@@ -196,7 +192,7 @@ class Block(Function):
         one, two, tables, factors = rest[:6], rest[6:12], Tables(*rest[12:n]), tuple(rest[n:])
         steps = plan.steps(gamma, beta, weight, factors, ctx.numbers)
         p, p2 = (
-            _prologue(one, plan.activation(n, ctx.numbers)) for n, one in enumerate((one, two))
+            together(one[:5], plan.activation(n, ctx.numbers)) for n, one in enumerate((one, two))
         )
         to_y = needs[0] if plan.product is None else any(needs[:7])
         dy: Any = g
@@ -239,11 +235,10 @@ def _through_product(
     with unrounded(g):
         if transposed:  # as of the convolution whose image is g, and whose gradient z
             if to_w:
-                z = x.to(w.dtype) if p.is_identity() else ops.materialize(x, p, None, w.dtype)
+                z = built(x, p, w.dtype)
                 grads[4], _ = run.wgrad(z, g, NOTHING, w, None, geometry, (True, False))
             if to_b:
-                wide = torch.promote_types(g.dtype, torch.float32)
-                grads[5] = g.sum((0, *range(2, g.ndim)), dtype=wide)
+                grads[5] = summed(g)
             if needs[0]:
                 grads[0], _ = run.fprop(g, NOTHING, None, NOTHING, w, None, geometry)
             return grads

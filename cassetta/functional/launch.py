@@ -17,7 +17,7 @@ from cassetta.functional.block import Block, Given, Image, Plan, Product, comput
 from cassetta.functional.norm import Normalization
 from cassetta.functional.steps import Steps, Tables, completed, prepared
 from cassetta.kernels.engines import ENGINES
-from cassetta.kernels.types import NOTHING, Activation, Moments, Prologue
+from cassetta.kernels.types import NOTHING, Activation, Moments, Prologue, apart
 
 APART = 2**24
 """Elements of an image from which on a convolution and the steps after it are two nodes.
@@ -141,7 +141,7 @@ def _node(
         product, x, second, epilogue, steps, of, (by_result, leaves, is_summed[0])
     )
     given = Given(
-        _tables(x), _tables(second), _tensors(epilogue), tables, steps.factors,
+        _tables(x), _tables(second), apart(epilogue), tables, steps.factors,
         (None, None) if own is None else own, numbers,
     )  # fmt: skip
     out = None
@@ -200,12 +200,7 @@ def _sums(image: Image | None, product: Product | None) -> Tensor | None:
 def _tables(image: Image | None) -> tuple[Tensor | None, ...]:
     if image is None:
         return (None,) * 6
-    return *_tensors(image.prologue), image.centre
-
-
-def _tensors(prologue: Prologue) -> tuple[Tensor | None, ...]:
-    s1, t1, _, slope, s2, t2 = prologue
-    return s1, t1, slope, s2, t2
+    return *apart(image.prologue), image.centre
 
 
 def _track(norm: Normalization, tables: Tables, like: Tensor) -> None:

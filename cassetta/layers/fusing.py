@@ -114,12 +114,13 @@ def lacks(conv: nn.Module | None, convolves: bool = True) -> dict[str, str | Non
     Where nothing is convolved, the default engine alone is one, for all would do the same.
     """
     found: dict[str, str | None] = {"reference": None}
+    geometry = conv.geometry if isinstance(conv, Conv) else None
     for name, engine in dispatch.ENGINES.items():
         found[name] = None
         if not convolves and name != dispatch.DEFAULT:
             found[name] = "there is nothing to convolve"
         elif isinstance(conv, Conv):
-            found[name] = engine.supports(conv.geometry, conv.kernel_size)
+            found[name] = engine.supports(geometry, conv.kernel_size)
     return found
 
 

@@ -6,10 +6,10 @@ last in whole words, and again for the gradient of the weights; where each voxel
 kernel builds it while it loads. Two images are read as one: nothing is concatenated.
 """
 
-import torch
 from torch import Tensor
 
 from cassetta.kernels import configs, ops
+from cassetta.kernels.operands import built, summed
 from cassetta.kernels.types import NOTHING, Activation, Geometry, Moments, Prologue
 
 FUSES = True
@@ -32,7 +32,7 @@ def fprop(
 ) -> tuple[Tensor, Moments | None]:  # fmt: skip
     """Convolve z, and z2 as further channels: y (N, K, *Y), and its moments, if asked for."""
     z, loaded = _operand(x, p, w, geometry)
-    z2 = None if x2 is None else _built(x2, p2, w)
+    z2 = None if x2 is None else built(x2, p2, w.dtype, words=True)
     y, *own = ops.conv_fprop(z, loaded, w, b, geometry, z2, epilogue, residual, moments_of)
     return y, None if moments_of is None else Moments(*own)
 
@@ -63,14 +63,13 @@ def wgrad(
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Return the gradients of w and b that are needed, in float32 at least.
 
-    The sum for b is a pass of its own, as no product can take it along (`conv_wgrad`); by torch,
-    which adds up in an order of its own, but always the same.
+    The sum for b is a pass of its own, as no product can take it along (`conv_wgrad`).
     """
     dw = db = None
     if needs[0]:
         dw = ops.conv_wgrad(g, *_operand(x, p, w, geometry), tuple(w.shape[2:]), geometry)
     if needs[1]:
-        db = g.sum((0, *range(2, g.ndim)), dtype=torch.promote_types(g.dtype, torch.float32))
+        db = summed(g)
     return dw, db
 
 
@@ -89,8 +88,4 @@ def _operand(x: Tensor, p: Prologue, w: Tensor, geometry: Geometry) -> tuple[Ten
     """
     if all(t <= s for t, s in zip(w.shape[2:], geometry.stride, strict=True)):
         return x, p
-    return _built(x, p, w), NOTHING
-
-
-def _built(x: Tensor, p: Prologue, w: Tensor) -> Tensor:
-    return x.to(w.dtype) if p.is_identity() else ops.materialize(x, p, None, w.dtype, True)
+    return built(x, p, w.dtype, words=True), NOTHING

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cassetta.kernels import library, ops
+from cassetta.kernels.operands import built
 from cassetta.kernels.types import NOTHING, Activation, Geometry, Moments, Prologue
 
 FUSES = False
@@ -32,7 +33,7 @@ def fprop(
     moments_of: Activation | None = None,
 ) -> tuple[Tensor, Moments | None]:  # fmt: skip
     """Convolve z, and z2 as further channels: y (N, K, *Y), and no moments."""
-    z = _operand(x, p, w) if x2 is None else ops.concatenate(x, p, x2, p2, w.dtype)
+    z = built(x, p, w.dtype) if x2 is None else ops.concatenate(x, p, x2, p2, w.dtype)
     return library.conv(z, w, b, geometry), None
 
 
@@ -48,7 +49,7 @@ def bprop(
     if needs[0] and any(needs[1:]) and _is_large(g):
         dw, db = wgrad(g, x, p, w, b, geometry, needs[1:])
         return *dgrad(g, w, geometry, x), dw, db
-    z = _operand(x, p if needs[1] else NOTHING, w)  # else for its shape and layout
+    z = built(x, p if needs[1] else NOTHING, w.dtype)  # else for its shape and layout
     dz, dw, db = library.conv_backward(g, z, w, b, geometry, needs)
     return dz, None, dw, db
 
@@ -62,7 +63,7 @@ def dgrad(
     centre: Tensor | None = None, outer: bool = False,
 ) -> tuple[Tensor | None, None]:  # fmt: skip
     """Return the gradient of z, given that of y, g (N, K, *Y); and no sums."""
-    like = _operand(x, NOTHING, w)
+    like = x.to(w.dtype)
     return library.conv_backward(g, like, w, None, geometry, (True, False, False))[0], None
 
 
@@ -71,7 +72,7 @@ def wgrad(
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Return the gradients of w and b that are needed."""
-    z = _operand(x, p if needs[0] else NOTHING, w)
+    z = built(x, p if needs[0] else NOTHING, w.dtype)
     return library.conv_backward(g, z, w, b, geometry, (False, *needs))[1:]
 
 
@@ -80,8 +81,4 @@ def transposed(
     epilogue: Prologue = NOTHING, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Convolve z (N, K, *Y) by the adjoint: (N, C, *(Y stride))."""
-    return library.conv_transposed(_operand(x, p, w), w, b, geometry, (0,) * (x.ndim - 2))
-
-
-def _operand(x: Tensor, p: Prologue, w: Tensor) -> Tensor:
-    return x.to(w.dtype) if p.is_identity() else ops.materialize(x, p, None, w.dtype)
+    return library.conv_transposed(built(x, p, w.dtype), w, b, geometry, (0,) * (x.ndim - 2))

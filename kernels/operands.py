@@ -1,0 +1,20 @@
+"""What engines share: the operand that a product reads, and the gradient of a bias."""
+
+import torch
+from torch import Tensor
+
+from cassetta.kernels import ops
+from cassetta.kernels.types import Prologue
+
+
+def built(x: Tensor, p: Prologue, dtype: torch.dtype, words: bool = False) -> Tensor:
+    """Return what x stands for, for a product that applies nothing to it; see `ops.materialize`."""
+    return x.to(dtype) if p.is_identity() else ops.materialize(x, p, None, dtype, words)
+
+
+def summed(g: Tensor) -> Tensor:
+    """Return the gradient of a bias (K,), given that of the image it is added to, g (N, K, *Y).
+
+    By torch, which adds up in an order of its own, but always the same.
+    """
+    return g.sum((0, *range(2, g.ndim)), dtype=torch.promote_types(g.dtype, torch.float32))
