@@ -222,9 +222,17 @@ class _Graphs:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            _release_generator(self.inputs[0].device)
+            first = str(error).splitlines()[0]
+            if "legacy stream" in first:
+                raise RuntimeError(
+                    "an output or a loss of an earlier call of the network is still alive, and "
+                    "ties its gradients to the stream of that call: delete it, or graph the "
+                    "network before it is called"
+                ) from error
             raise RuntimeError(
-                f"the network cannot be captured in a CUDA graph ({str(error).splitlines()[0]}): "
-                "call it as it is, or graph the part of it that can be"
+                f"the network cannot be captured in a CUDA graph ({first}): call it as it is, or "
+                "graph the part of it that can be"
             ) from error
         self.outputs = [(one.detach(), one.requires_grad) for one in outputs]
 
@@ -281,6 +289,14 @@ class _Replay(Function):
         torch._foreach_copy_(copies, there)  # pyright: ignore[reportPrivateImportUsage]
         left = iter(copies)
         return None, *(None if own is None else next(left) for own in graphs.gradients)
+
+
+def _release_generator(device: torch.device) -> None:
+    """Let random numbers be drawn again: after a capture that failed, torch's generator waits for
+    its end, and refuses. It gets a state like its own, which waits for nothing."""
+    if torch.cuda.is_initialized():
+        generator = torch.cuda.default_generators[device.index or 0]
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 @contextmanager

@@ -9,6 +9,9 @@ input gives the same bits.
 Nothing but the product reads g: the gradient of the bias, its sum, is taken elsewhere. An operand
 that something else in the loop reads, too, is copied to one buffer fewer than products that are
 asynchronous need (triton#6691), and is overwritten while it is multiplied.
+
+A box begins at a multiple of 16 bytes along its channels, also where it lies outside of an image:
+anything else is an illegal instruction (triton#7385; seen on an H200).
 """
 
 import math
@@ -78,7 +81,7 @@ def _conv_wgrad_kernel(
         if BOXED:
             x = x_ptr.load([n, e0 * BOX0 + q0, e1 * BOX1 + q1, e2 * BOX2 + q2, c_block * BLOCK_C])
             x = tl.reshape(x, (BLOCK_V, BLOCK_C))
-            k0 = tl.where(late > 0, k_block * BLOCK_N, K)  # where there are zeros
+            k0 = tl.where(late > 0, k_block * BLOCK_N, tile.edge(K, True))  # (zeros, in words)
             g = tl.reshape(g_ptr.load([n, f0 * BOX0, f1 * BOX1, f2 * BOX2, k0]), (BLOCK_V, BLOCK_N))
         else:
             at, there = tl.where(ok, at, 0), inside

@@ -249,11 +249,15 @@ def _fingerprint(simulated):
 
 
 def _is_gpu_lost():
-    """Whether an error stays in this process, so that all that follows would fail by it."""
+    """Whether an error stays in this process, so that all that follows would fail by it.
+
+    As that of a kernel does, and a capture that failed: nothing can be drawn after it.
+    """
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return False
     try:
+        torch.rand(1, device="cuda")
         torch.cuda.synchronize()
     except RuntimeError:
         return True

@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
@@ -17,8 +18,9 @@ from cassetta.functional import Deferred, defer, materialize
 from cassetta.functional.norm import Pool
 from cassetta.kernels import dispatch, ops
 from cassetta.kernels.types import Activation
-from cassetta.layers import ChannelDropout, ConvBlock, ConvGroup, ModuleSum
+from cassetta.layers import ChannelDropout, ConvBlock, ConvGroup, ModuleSum, fusing
 from cassetta.layers.ways import Level
+from cassetta.measure import agreement
 from cassetta.models import SegNet
 
 from compare import Counted, NothingRead, assert_near
@@ -81,6 +83,60 @@ def test_every_order(order, norm, train, engine):
 def test_letters_left_out_and_activations(order, activation, engine):
     net = ConvGroup(2, 6, nb_conv=3, norm="instance", activation=activation, order=order).double()
     assert_same(net, torch.randn(2, 6, 5, 4).double())
+
+
+PROMOTED = {
+    "layer norm": lambda: ConvGroup(2, 6, nb_conv=2, norm="layer", order="cndax"),
+    "groups, before": lambda: ConvGroup(2, 6, nb_conv=2, norm=2, order="nacdx"),
+    "softplus": lambda: ConvGroup(2, 6, nb_conv=2, norm="batch", activation="Softplus"),
+    "residual": lambda: ConvGroup(2, 6, nb_conv=2, norm=2, order="cndax", residual=True),
+    "two norms in a row": lambda: nn.Sequential(
+        ConvBlock(2, 6, 6, norm=2, activation=None, order="cn"),
+        ConvBlock(2, 6, 6, norm=3, activation=None, order="nc"),
+    ),
+    "unet": lambda: UNet(2, 6, nb_levels=2, norm=2),
+    "unet, interpolated": lambda: UNet(
+        2, 6, nb_levels=2, norm=2, pool_mode="interpolate", unpool_mode="interpolate"
+    ),
+    "unet, no norm at the end": lambda: UNet(2, 6, nb_levels=2, order="ndac", norm=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("name", PROMOTED)
+def test_what_a_gpu_computes_in_float32_under_autocast(name, train, engine, monkeypatch):
+    """Group norms and softplus: what others see of them is in float32, as torch returns it."""
+    net = PROMOTED[name]().train(train)
+    group_norm, softplus, eager = F.group_norm, F.softplus, []
+
+    def promoted(function):
+        def call(x, *rest):
+            eager.append(x.dtype)
+            return function(x.float(), *rest)
+
+        return call
+
+    monkeypatch.setattr(F, "group_norm", promoted(group_norm))
+    monkeypatch.setattr(nn.functional, "softplus", promoted(softplus))
+    monkeypatch.setattr(fusing, "_is_promoting", lambda x: True)
+    inp = torch.randn(2, 6, 9, 8)
+
+    def step(net, inp, fused=False, rounded=True):
+        torch.manual_seed(0)
+        image = inp.clone().requires_grad_()
+        rounding = torch.autocast("cpu", torch.bfloat16, enabled=rounded)
+        with rounding, dispatch.fused_on_reference() if fused else contextlib.nullcontext():
+            out = net(image)
+        (gradient,) = torch.autograd.grad(out.double().square().sum(), image)
+        return agreement.Step(("output", agreement.IMAGE), (out.detach(), gradient))
+
+    same = step(net, inp)
+    assert eager
+    monkeypatch.undo()
+    truth = step(copy.deepcopy(net).double(), inp.double(), rounded=False)
+    monkeypatch.setattr(fusing, "_is_promoting", lambda x: True)
+    ours = step(net, inp, fused=True)
+    assert agreement.judge(ours, same, truth, deep=True) is None
 
 
 NETS = {

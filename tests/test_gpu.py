@@ -1,5 +1,6 @@
 """What only a GPU can show. Most decisive first; `make test-gpu` runs this before all else."""
 
+import contextlib
 import copy
 import multiprocessing
 import os
@@ -30,6 +31,16 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def sized(n, c, *size):
     return n, c, *(length // SCALE for length in size)
+
+
+@pytest.fixture(autouse=True)
+def _in_full(request):
+    """Products of float32 in full, but for tests that are of how they are rounded.
+
+    cuDNN takes TF32 or not as it likes, where it may, and another algorithm in another layout.
+    """
+    with contextlib.nullcontext() if "how" in request.fixturenames else precision.use("ieee"):
+        yield
 
 
 NETS = {
@@ -124,6 +135,16 @@ def test_a_step_is_as_good_as_eager(name, dtype, order, kernels, engine):
         assert agreement.disagreement(net, inp, True, engine, deep=True) is None
 
 
+@pytest.mark.parametrize("how", ["tf32"])
+@pytest.mark.parametrize("name", NETS)
+def test_a_step_in_tf32_is_as_good_as_float16(name, how, kernels, engine):
+    """cuDNN may take whole factors, of which ours have the first 10 bits."""
+    net, shape = NETS[name]()
+    net, inp = net.to(kernels), torch.randn(shape, device=kernels)
+    with precision.use(how):
+        assert agreement.disagreement(net, inp, True, engine, deep=True) is None
+
+
 @pytest.mark.parametrize("chosen", ["auto", "library", "gemm"])
 @pytest.mark.parametrize("name", ["unet", "meshnet"])
 def test_compiled_as_a_whole(name, chosen, kernels):
@@ -162,6 +183,7 @@ def test_a_cuda_graph_captures_a_step(name, kernels, engine):
     eager = net(inp)
     eager.square().sum().backward()
     expected = [eager.detach(), *(p.grad.clone() for p in net.parameters())]
+    del eager  # while it is alive, gradients add up in the stream of this call
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -225,6 +247,18 @@ def test_a_graphed_network_predicts_alike(name, kernels, engine):
         found = [predict(image) for image in images]
         for one, image in zip(found, images, strict=True):
             assert_near(one, net(image), 1e-4)
+
+
+def test_an_earlier_output_that_is_alive_is_named(kernels, engine):
+    """And nothing is left of the capture that failed by it: numbers are drawn, a graph is made."""
+    net, shape = NETS["meshnet"]()
+    net, inp = net.to(kernels), torch.randn(shape, device=kernels)
+    out = net(inp)
+    with pytest.raises(RuntimeError, match="an earlier call of the network is still alive"):
+        cassetta.graphed(net, inp)
+    del out
+    inp = torch.randn(shape, device=kernels)
+    assert_near(cassetta.graphed(net, inp)(inp), net(inp), 1e-4)
 
 
 def test_dropout_is_drawn_anew_by_each_replay(kernels, engine):

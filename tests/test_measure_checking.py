@@ -1,6 +1,5 @@
 """`cassetta check`: kernels that are right pass, and one that is wrong or fails is named."""
 
-import functools
 import itertools
 import re
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ from conftest import large_tiles
 
 from cassetta.backbones import MeshNet
 from cassetta.cli import main
-from cassetta.kernels import activations, boxes, configs, dispatch, plans, reference
+from cassetta.kernels import activations, boxes, configs, dispatch, plans, precision, reference
 from cassetta.kernels.types import Geometry
 from cassetta.layers import ConvBlock
 from cassetta.measure import agreement, checking
@@ -164,12 +163,16 @@ def test_what_changes_from_run_to_run_is_named(monkeypatch):
     assert one.run() is None
 
 
-def test_short_factors_have_their_own_slack():
+@pytest.mark.parametrize("how", ["tf32", "ieee"])
+def test_short_factors_have_their_own_slack(how):
     """TF32 has the digits of float16, and torch may have computed with whole factors."""
-    product = plans.Product("conv_fprop", (1, 4, 8), 4, (1,), UNIT, torch.float32)
-    drawn = functools.partial(agreement.ProductWork.drawn, product, torch.device("cpu"))
-    assert checking._Judged(drawn, "tf32")._slack(drawn()) == agreement.SLACK[torch.float16]
-    assert checking._Judged(drawn, "ieee")._slack(drawn()) is None
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    half = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
+    with precision.use(how):
+        expected = agreement.SLACK[torch.float16 if how == "tf32" else torch.float32]
+        assert agreement.slack_of(on_gpu) == expected
+        assert agreement.slack_of(half) == agreement.SLACK[torch.bfloat16]
+        assert agreement.slack_of(torch.zeros(1)) == agreement.SLACK[torch.float32]
 
 
 def test_a_network_that_is_not_fused_is_no_success(monkeypatch, few):

@@ -56,10 +56,12 @@ class Deferred:
         source: Tensor | Launch | Sum | Join,
         steps: Steps = NO_STEPS,
         own: Moments | None = None,
+        promoted: bool = False,
     ) -> None:
         self.source = source
         self.steps = steps  # none, of a sum or of two images
         self.own = own  # the moments of the source, where they are known
+        self.promoted = promoted  # autocast has torch compute z in float32
         self._image: Image | None = None
         self._z: Tensor | None = None
         self._own_of_z: Moments | None = None
@@ -135,20 +137,26 @@ class Deferred:
         x = self.settled()
         source, is_waiting = x.source, x._image is None
         if isinstance(source, Launch) and is_waiting and source.takes(residual, x.steps):
-            return Deferred(source.plus(residual, x.steps))
-        return Deferred(Sum(x, residual))
+            return Deferred(source.plus(residual, x.steps), promoted=x.promoted)
+        return Deferred(Sum(x, residual), promoted=x.promoted)
 
     def scaled(self, factor: Tensor) -> Deferred:
         """Multiply channels by a factor (N, C) that needs no gradient, as dropout does."""
         x = self._open("")
-        return Deferred(x.source, x.steps.scaled(factor), x.own)
+        return Deferred(x.source, x.steps.scaled(factor), x.own, self.promoted)
 
-    def activated(self, activation: Activation, weight: Tensor | None = None) -> Deferred:
-        """Apply an activation; `weight` (C,) or (1,) is what PReLU learns."""
+    def activated(
+        self, activation: Activation, weight: Tensor | None = None, promotes: bool = False
+    ) -> Deferred:
+        """Apply an activation; `weight` (C,) or (1,) is what PReLU learns.
+
+        `promotes`: autocast has torch compute it in float32, and z is what torch would return.
+        """
         if activation.name == "identity":
             return self
         x = self._open("a")
-        return Deferred(x.source, x.steps.activated(activation, weight), x.own)
+        steps = x.steps.activated(activation, weight)
+        return Deferred(x.source, steps, x.own, self.promoted or promotes)
 
     def normalized(
         self,
@@ -158,17 +166,20 @@ class Deferred:
         pool: Pool,
         fixed: Moments | None = None,
         track: Callable[[Moments, Any], None] | None = None,
+        promotes: bool = False,
     ) -> Deferred:
         """Apply a norm, with the statistics of z pooled by `pool`, or with `fixed` ones (C,).
 
-        `track` is told the pooled statistics, and the factor that makes their variances unbiased.
+        `track` is told the pooled statistics, and the factor that makes their variances unbiased;
+        `promotes` as in `activated`.
         """
         if fixed is None and ("n" in self.steps.word or isinstance(self.source, Sum)):
             x = self._with_moments()
         else:
             x = self._open("n")
         norm = Normalization(gamma, beta, eps, pool, fixed, track)
-        return Deferred(x.source, x.steps.normalized(norm), x.own)
+        steps = x.steps.normalized(norm)
+        return Deferred(x.source, steps, x.own, self.promoted or promotes)
 
     def _open(self, letter: str) -> Deferred:
         """Return what a step can be added to: it has none of that kind, and nobody has read it."""
@@ -203,11 +214,17 @@ class Deferred:
                 source, residual = source
             image = (source if isinstance(source, Deferred) else self).read()
             x, prologue = image.alone(), image.prologue
+            dtype = self._dtype(x, residual)
             if not prologue.is_identity():
-                self._z = Materialize.apply(x, *flat(prologue), residual)  # type: ignore
+                self._z = Materialize.apply(x, *flat(prologue), residual, dtype)  # type: ignore
             else:
-                self._z = x if residual is None else x + residual
+                self._z = x.to(dtype) if residual is None else x.to(dtype) + residual
         return self._z  # type: ignore[return-value]
+
+    def _dtype(self, x: Tensor, residual: Tensor | None) -> torch.dtype:
+        """Return the dtype of z (+ residual), made of x."""
+        dtype = torch.promote_types(x.dtype, torch.float32) if self.promoted else x.dtype
+        return dtype if residual is None else torch.promote_types(dtype, residual.dtype)
 
     def _with_moments(self) -> Deferred:
         """Return z, and its moments from the same pass, if it has not been computed yet."""
@@ -215,7 +232,8 @@ class Deferred:
             return Deferred(self.z(), own=self._own_of_z)
         of, residual = self.source if isinstance(self.source, Sum) else (self, None)
         image = of.read()
-        given = (image.alone(), *flat(image.prologue), residual)
+        x = image.alone()
+        given = (x, *flat(image.prologue), residual, self._dtype(x, residual))
         z, *own = MaterializeMoments.apply(*given)  # type: ignore[misc]
         self._z, self._own_of_z = z, Moments(*own)
         return Deferred(z, own=self._own_of_z)

@@ -52,14 +52,13 @@ class Materialize(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
-        *prologue, residual = rest
-        dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+        *prologue, residual, dtype = rest
         ctx.has_residual, ctx.nb_others = residual is not None, len(prologue)
         return ops.materialize(x, unflat(prologue), residual, dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # and so theirs, to any order
-        return g, *[None] * ctx.nb_others, g if ctx.has_residual else None
+        return g, *[None] * ctx.nb_others, g if ctx.has_residual else None, None
 
 
 class MaterializeMoments(Function):
@@ -67,8 +66,7 @@ class MaterializeMoments(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *prologue, residual = rest
-        dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+        *prologue, residual, dtype = rest
         ctx.has_residual, ctx.nb_others = residual is not None, len(prologue)
         z, mean, var = ops.materialize_moments(x, unflat(prologue), residual, dtype)
         ctx.mark_non_differentiable(mean, var)

@@ -275,7 +275,9 @@ def normalized(x: Deferred, norm: Any) -> Deferred:
     known = not groups and norm.running_mean is not None
     if pool is not None and known and (norm.track_running_stats or not batch):
         track = lambda moments, unbiased: _track(norm, moments, unbiased)  # noqa: E731
-    return x.normalized(norm.weight, norm.bias, norm.eps, pool or Pool("fixed"), fixed, track)
+    pool = pool or Pool("fixed")
+    promotes = groups and _is_promoting(x)
+    return x.normalized(norm.weight, norm.bias, norm.eps, pool, fixed, track, promotes)
 
 
 def _pool(norm: Any) -> Pool | None:
@@ -302,7 +304,20 @@ def activated(x: Deferred, module: nn.Module) -> Deferred:
     """An activation as a step."""
     activation = activation_of(module)
     assert activation is not None
-    return x.activated(activation, module.weight if isinstance(module, nn.PReLU) else None)
+    weight = module.weight if isinstance(module, nn.PReLU) else None
+    return x.activated(activation, weight, type(module) in _PROMOTED and _is_promoting(x))
+
+
+def _is_promoting(x: Deferred) -> bool:
+    """Tell whether autocast has torch compute some layers in float32, as it does on a GPU alone.
+
+    These are `_GROUP` and `_PROMOTED`. Kernels compute in float32 whatever they store, so that
+    only what others see is stored so.
+    """
+    return x.image.device.type == "cuda" and torch.is_autocast_enabled("cuda")
+
+
+_PROMOTED = (nn.Softplus,)
 
 
 def _track(norm: Any, moments: Moments, unbiased: Any) -> None:

@@ -184,7 +184,7 @@ class DownPool(Level, nn.Sequential):
         return conv(pool(inp))
 
     def _fused(self, x: Deferred, engine: str) -> Deferred:
-        out = Deferred(functional.max_pool(x, self.factor))
+        out = Deferred(functional.max_pool(x, self.factor), promoted=x.promoted)
         return convolved(self, out, self[1], engine) if self._changes_channels else out
 
     def _why_plain(self) -> str | None:

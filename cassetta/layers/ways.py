@@ -107,7 +107,8 @@ def interpolated(x: Deferred, size: list[int]) -> Deferred:
     """What x stands for, interpolated to a size; the outer edges coincide."""
     zooms = [new / old for new, old in zip(size, x.shape[2:], strict=True)]
     grid = functional.linear_grid(x.shape[2:], size, zooms, "edge")
-    return Deferred(functional.resize_deferred(x, tuple(size), grid))
+    out = functional.resize_deferred(x, tuple(size), grid)
+    return Deferred(out, promoted=x.promoted)
 
 
 def why_other(conv: Any, kind: type, size: tuple[int, ...]) -> str | None:

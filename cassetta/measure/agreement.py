@@ -37,6 +37,10 @@ SLACK = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.b
 """On the scale of the largest value. Four roundings to half precision; in float32 a hundred, for
 the sums of a convolution in another order."""
 
+SHORT = SLACK[torch.float16]
+"""Of float32 whose products are in TF32, whose factors have the digits of float16. cuDNN is free to
+take whole ones, and does so, so that what plain PyTorch is off by says nothing there."""
+
 EXACT = 2**24
 """Images of up to so many elements are judged by float64, larger ones by float32: it is no more
 exact than the sums that it judges, but those of a large image are not judged in its last digits."""
@@ -179,6 +183,11 @@ class Work:
             self.x.to(dtype), lambda name: [cast(one, dtype) for one in self.arguments(name)]
         )
 
+    @property
+    def slack(self) -> float:
+        """Of what passes make of it: none multiplies by matrices."""
+        return SLACK[self.x.dtype]
+
     def step(self, passes: Any, name: str) -> Step:
         """What a pass makes of it."""
         found: list[Tensor] = []
@@ -228,6 +237,11 @@ class ProductWork(NamedTuple):
         x, g, w, b, table = (t.to(dtype) for t in self[:5])
         return ProductWork(x, g, w, b, table, self.geometry)
 
+    @property
+    def slack(self) -> float:
+        """Of what products make of it."""
+        return slack_of(self.x)
+
     def step(self, passes: Any, name: str) -> Step:
         """What a pass makes of it: as most blocks ask for it, or by another of its names in
         `PRODUCTS`, with what else may be fused with it, or without.
@@ -272,7 +286,7 @@ def judge(
 ) -> str | None:
     """Why `ours` is not as good as `same`, by the rule above; None if it is.
 
-    `slack` is that of the dtype of `ours`, if nothing else is said.
+    `slack` is that of a network, or of a product, in the dtype of `ours`, if nothing else is said.
     """
     if ours.names != truth.names:
         missing = set(truth.names) ^ set(ours.names)
@@ -281,13 +295,19 @@ def judge(
         if (one.shape, one.dtype) != (other.shape, other.dtype):
             return f"its {name} is {_kind(one)}, and should be {_kind(other)}"
     if slack is None:  # under autocast gradients of parameters are in float32
-        slack = SLACK[ours.tensors[0].dtype]
+        slack = slack_of(ours.tensors[0])
     errors = _summed if deep else _each
     for name, (off, usual) in errors(ours, same, truth).items():
         if not off <= 2 * usual + slack:  # nor is NaN
             allowed = 2 * usual + slack
             return f"its {name} is off by {off:.2g} of its size, where {allowed:.2g} is allowed"
     return None
+
+
+def slack_of(result: Tensor) -> float:
+    """Return the slack of what convolutions make, in the dtype and on the device of a result."""
+    is_short = result.is_cuda and result.dtype == torch.float32
+    return SHORT if is_short and precision.of_convolutions() == "tf32" else SLACK[result.dtype]
 
 
 def _each(ours: Step, same: Step, truth: Step) -> dict[str, tuple[float, float]]:

@@ -149,19 +149,11 @@ class _Judged:
             if isinstance(ours, str):
                 return ours
             same, truth = self.truth(name)
-            why = agreement.judge(ours, same, truth, slack=self._slack(work))
+            why = agreement.judge(ours, same, truth, slack=work.slack)
             for _ in range(0 if why or dispatch.is_interpreted() else REPEATED):
                 if _differ(ours, work.step(passes, name)):
                     return "it gives other bits when it is run again: its threads race"
             return why
-
-    def _slack(self, work: Any) -> float | None:
-        """Return the slack of TF32 products, whose factors have the digits of float16; else None.
-
-        The reference may be exact there, because cuDNN is free to use full factors.
-        """
-        is_short = isinstance(work, agreement.ProductWork) and self.exact == "tf32"
-        return agreement.SLACK[torch.float16] if is_short and work.x.itemsize == 4 else None
 
 
 def _differ(one: agreement.Step, other: agreement.Step) -> bool:

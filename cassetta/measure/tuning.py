@@ -263,7 +263,9 @@ def _fastest_plan(what: plans.Pass | plans.Product, device: torch.device, budget
         with plans.use_plan(plan), budget.spending("first run", name):
             ours = agreement.attempt(lambda: work.step(dispatch.passes(work.x), name))
         with budget.spending("check", name):
-            why = ours if isinstance(ours, str) else agreement.judge(ours, same, truth)
+            why = ours
+            if not isinstance(ours, str):
+                why = agreement.judge(ours, same, truth, slack=work.slack)
         if why is None:
             runs[str(plan)] = _planned(plan, name, work)
         else:

@@ -165,6 +165,10 @@ class Hopper:
             if box is None:
                 raise SimulationError(f"no tensor map at {address:#x}: {ins.text!r} ({ins.place})")
             begin = [one - (one >> 31 << 32) for one in begin[::-1]]
+            if begin[-1] * box.elem_size % 16:  # seen on an H200
+                raise SimulationError(f"an illegal instruction: a box that begins at {begin}, no "
+                                      f"multiple of 16 bytes along the last axis\n  by {t.say(k)}\n"
+                                      f"  in {ins.text!r} ({ins.place})")  # fmt: skip
             data = box.box(begin, self.launch.memory)
             if where % 128 or where + data.size > self.shared.size:
                 raise SimulationError(f"a box to {where:#x}\n  by {t.say(k)}\n  in {ins.text!r} "

@@ -71,7 +71,7 @@ def _box_kernel(x, out, i, j, B0: tl.constexpr, B1: tl.constexpr):
     tl.store(out + at, box)
 
 
-@pytest.mark.parametrize("at", [(0, 0), (-3, -5), (4, 90), (100, 200), (-50, 3)], ids=str)
+@pytest.mark.parametrize("at", [(0, 0), (-3, -8), (4, 88), (100, 200), (-50, 8)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_boxes_end_in_zeros(dtype, at):
     x = torch.randn(10, 96).to(dtype)
@@ -84,6 +84,14 @@ def test_boxes_end_in_zeros(dtype, at):
             if 0 <= i + at[0] < 10 and 0 <= j + at[1] < 93:
                 truth[i, j] = x[i + at[0], j + at[1]]
     assert torch.equal(out, truth)
+
+
+@pytest.mark.parametrize("at", [(0, 2), (-3, -5), (100, 97)], ids=str)
+def test_a_box_that_begins_within_16_bytes(at, hopper):
+    x, out = torch.randn(10, 96), torch.empty(16, 32)
+    descriptor = TensorDescriptor(x, [10, 93], [96, 1], [16, 32])
+    with pytest.raises(ptxsim.SimulationError, match="an illegal instruction"):
+        _box_kernel[(1,)](descriptor, out, *at, B0=16, B1=32)
 
 
 def test_a_tensor_map_that_cuda_refuses(hopper):
