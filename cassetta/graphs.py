@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from cassetta import capturable
@@ -181,7 +182,6 @@ class _Graphs:
         surface = (*self.inputs, *parameters)
         self.records = torch.is_grad_enabled() and any(one.requires_grad for one in surface)
         self.parameters = parameters if self.records else ()
-        self.wanted = [one for one in surface if one.requires_grad]
         self.calls = 0
         self.has_backward = False  # of the latest call, and not yet used up
         device = inputs[0].device
@@ -199,10 +199,11 @@ class _Graphs:
         with torch.cuda.stream(stream):
             for n in range(WARMUP):
                 with capturable.Watch() if n == WARMUP - 1 else nullcontext():
-                    outputs = tree_leaves(self.model(*self.inputs))
+                    found, surface = self._call()
+                    outputs = tree_leaves(found)
                     capturable.check_outputs(outputs, self.records)
                     if self.records:
-                        self._gradients(outputs, _like(outputs))
+                        _gradients(outputs, surface, _like(outputs))
         torch.cuda.current_stream().wait_stream(stream)
 
     def _capture(self) -> None:
@@ -211,34 +212,38 @@ class _Graphs:
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(self.forward, stream=stream):
-                outputs, self.structure = tree_flatten(self.model(*self.inputs))
+                found, surface = self._call()
+                outputs, self.structure = tree_flatten(found)
             self.cotangents = _like(outputs) if self.records else []
             self.gradients: list[Tensor | None] = []
             if self.records:
                 with torch.cuda.graph(self.backward, pool=self.forward.pool(), stream=stream):
-                    found = self._gradients(outputs, self.cotangents)
-                of = {id(one): grad for one, grad in zip(self.wanted, found, strict=True)}
-                self.gradients = [of.get(id(one)) for one in (*self.inputs, *self.parameters)]
+                    self.gradients = _gradients(outputs, surface, self.cotangents)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             _release_generator(self.inputs[0].device)
-            first = str(error).splitlines()[0]
-            if "legacy stream" in first:
-                raise RuntimeError(
-                    "an output or a loss of an earlier call of the network is still alive, and "
-                    "ties its gradients to the stream of that call: delete it, or graph the "
-                    "network before it is called"
-                ) from error
             raise RuntimeError(
-                f"the network cannot be captured in a CUDA graph ({first}): call it as it is, or "
-                "graph the part of it that can be"
+                f"the network cannot be captured in a CUDA graph ({str(error).splitlines()[0]}): "
+                "call it as it is, or graph the part of it that can be"
             ) from error
         self.outputs = [(one.detach(), one.requires_grad) for one in outputs]
 
-    def _gradients(self, outputs: list[Any], cotangents: list[Tensor]) -> Sequence[Any]:
-        roots = [one for one in outputs if one.requires_grad]
-        return torch.autograd.grad(roots, self.wanted, cotangents, allow_unused=True)
+    def _call(self) -> tuple[Any, list[Tensor]]:
+        """Call the network; with the inputs and parameters that its gradients are of.
+
+        These are not its own parameters, but leaves that share their memory: where an output of an
+        earlier call is alive, gradients of its own add up in the stream of that call, and no
+        capture can wait for that.
+        """
+        if not self.records:
+            return self.model(*self.inputs), []
+        leaves = {
+            name: one.detach().requires_grad_(one.requires_grad)
+            for name, one in self.model.named_parameters()
+        }
+        found = functional_call(self.model, leaves, tuple(self.inputs))
+        return found, [*self.inputs, *leaves.values()]
 
     def use_up(self, call: int) -> None:
         """Let the backward of a call begin, if what it needs is still there."""
@@ -333,6 +338,16 @@ def _uncached(kind: str) -> torch.autocast:
 
 def _autocast(kind: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _gradients(
+    outputs: list[Any], surface: list[Tensor], cotangents: list[Tensor]
+) -> list[Tensor | None]:
+    """Return the gradients of all of a surface; of what asks for none, or takes no part, None."""
+    roots = [one for one in outputs if one.requires_grad]
+    wanted = [one for one in surface if one.requires_grad]
+    found = iter(torch.autograd.grad(roots, wanted, cotangents, allow_unused=True))
+    return [next(found) if one.requires_grad else None for one in surface]
 
 
 def _like(outputs: list[Any]) -> list[Tensor]:

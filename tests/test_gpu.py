@@ -1,6 +1,5 @@
 """What only a GPU can show. Most decisive first; `make test-gpu` runs this before all else."""
 
-import contextlib
 import copy
 import multiprocessing
 import os
@@ -33,22 +32,23 @@ def sized(n, c, *size):
     return n, c, *(length // SCALE for length in size)
 
 
-@pytest.fixture(autouse=True)
-def _in_full(request):
-    """Products of float32 in full, but for tests that are of how they are rounded.
-
-    cuDNN takes TF32 or not as it likes, where it may, and another algorithm in another layout.
-    """
-    with contextlib.nullcontext() if "how" in request.fixturenames else precision.use("ieee"):
-        yield
-
-
+SMOOTH = "SiLU"
+"""After ReLU, a value that rounds to the other side of 0 changes a gradient by a whole voxel, so
+that two right results in float32 may differ by 1e-3."""
 NETS = {
-    "meshnet": lambda: (MeshNet(3, 21, nb_layers=4), sized(1, 21, 40, 41, 42)),
-    "unet": lambda: (UNet(3, 16, nb_levels=3, norm="instance"), sized(2, 16, 36, 40, 33)),
-    "unet, batch norm": lambda: (UNet(2, 32, nb_levels=3, norm="batch"), sized(2, 32, 65, 64)),
-    "atrous": lambda: (ATrousNet(3, 8, nb_levels=3), sized(1, 8, 30, 31, 32)),
-}
+    "meshnet": lambda: (
+        MeshNet(3, 21, nb_layers=4, activation=SMOOTH), sized(1, 21, 40, 41, 42),
+    ),
+    "unet": lambda: (
+        UNet(3, 16, nb_levels=3, norm="instance", activation=SMOOTH), sized(2, 16, 36, 40, 33),
+    ),
+    "unet, batch norm": lambda: (
+        UNet(2, 32, nb_levels=3, norm="batch", activation=SMOOTH), sized(2, 32, 65, 64),
+    ),
+    "atrous": lambda: (
+        ATrousNet(3, 8, nb_levels=3, activation=SMOOTH), sized(1, 8, 30, 31, 32),
+    ),
+}  # fmt: skip
 
 
 def autocast(inp, dtype):
@@ -135,13 +135,12 @@ def test_a_step_is_as_good_as_eager(name, dtype, order, kernels, engine):
         assert agreement.disagreement(net, inp, True, engine, deep=True) is None
 
 
-@pytest.mark.parametrize("how", ["tf32"])
 @pytest.mark.parametrize("name", NETS)
-def test_a_step_in_tf32_is_as_good_as_float16(name, how, kernels, engine):
+def test_a_step_in_tf32_is_as_good_as_in_float16(name, kernels, engine):
     """cuDNN may take whole factors, of which ours have the first 10 bits."""
     net, shape = NETS[name]()
     net, inp = net.to(kernels), torch.randn(shape, device=kernels)
-    with precision.use(how):
+    with precision.use("tf32"):
         assert agreement.disagreement(net, inp, True, engine, deep=True) is None
 
 
@@ -249,16 +248,13 @@ def test_a_graphed_network_predicts_alike(name, kernels, engine):
             assert_near(one, net(image), 1e-4)
 
 
-def test_an_earlier_output_that_is_alive_is_named(kernels, engine):
-    """And nothing is left of the capture that failed by it: numbers are drawn, a graph is made."""
+def test_an_earlier_call_may_be_alive(kernels, engine):
+    """Whose gradients add up in the stream of that call, which no capture can wait for."""
     net, shape = NETS["meshnet"]()
     net, inp = net.to(kernels), torch.randn(shape, device=kernels)
-    out = net(inp)
-    with pytest.raises(RuntimeError, match="an earlier call of the network is still alive"):
-        cassetta.graphed(net, inp)
-    del out
-    inp = torch.randn(shape, device=kernels)
+    earlier = net(inp)
     assert_near(cassetta.graphed(net, inp)(inp), net(inp), 1e-4)
+    earlier.sum().backward()
 
 
 def test_dropout_is_drawn_anew_by_each_replay(kernels, engine):

@@ -166,7 +166,8 @@ def test_float16_statistics_do_not_overflow(kernels):
     x = torch.full((1, 1, 3000), 60_000.0, dtype=torch.float16, device=kernels)
     mean, var = dispatch.passes(x).moments(x, Prologue())
     assert mean.item() == pytest.approx(60_000, rel=1e-3)
-    assert var.item() == 0
+    # a GPU divides to 2 of the last digits: each value is off the mean by a few of these
+    assert 0 <= var.item() <= (60_000 * 2**-21) ** 2
 
 
 def test_the_same_input_gives_the_same_bits(kernels):

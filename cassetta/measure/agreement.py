@@ -9,8 +9,10 @@ error counts, so that a single wrong voxel is seen. Gradients of parameters are 
 one scale: of five numbers PyTorch's own error says little, and of one that is zero by theory (that
 of a bias before a norm) nothing but rounding is left.
 
-In a deep network in half precision the largest error is chance; there the Euclidean norm of the
-error counts, and all gradients are one vector.
+In a deep network the largest error is chance: a value that rounds to the other side of 0, before
+a ReLU, changes the gradient of its voxel altogether. There the Euclidean norm of the error counts,
+and all gradients are one vector; in float32, where so few values do so that plain PyTorch's own
+error may have none, gradients have a slack for some (`FLIPS`).
 
 Where a sample has 2^31 elements or more, plain PyTorch itself convolves in slabs
 (`kernels.reference`), because cuDNN is no truth there; and what is compared is so everywhere.
@@ -40,6 +42,11 @@ the sums of a convolution in another order."""
 SHORT = SLACK[torch.float16]
 """Of float32 whose products are in TF32, whose factors have the digits of float16. cuDNN is free to
 take whole ones, and does so, so that what plain PyTorch is off by says nothing there."""
+
+FLIPS = 1.6e-2
+"""Of all gradients of a deep network: n of N values before a ReLU on the other side of 0 are
+sqrt(n / N); plain PyTorch in float32 has been seen to be off by up to 5.6e-3 on tests' networks
+(6 of 8 draws of an ATrousNet, 2 of 8 of a U-Net), for 1.5e-6 without any."""
 
 EXACT = 2**24
 """Images of up to so many elements are judged by float64, larger ones by float32: it is no more
@@ -298,8 +305,9 @@ def judge(
         slack = slack_of(ours.tensors[0])
     errors = _summed if deep else _each
     for name, (off, usual) in errors(ours, same, truth).items():
-        if not off <= 2 * usual + slack:  # nor is NaN
-            allowed = 2 * usual + slack
+        flips = FLIPS if deep and name != "output" and slack >= SLACK[torch.float32] else 0.0
+        allowed = 2 * usual + max(slack, flips)
+        if not off <= allowed:  # nor is NaN
             return f"its {name} is off by {off:.2g} of its size, where {allowed:.2g} is allowed"
     return None
 
