@@ -302,10 +302,15 @@ def implementation() -> ModuleType:
     return library
 
 
+def on_reference(x: Tensor) -> bool:
+    """Tell whether the passes over an image are those of the reference, whatever its device."""
+    return _on_reference_passes or x.dtype not in configs.dtypes()
+
+
 @records.run_by
 def passes(x: Tensor) -> Any:
     """Who runs the passes over this image (or table): `moments`, `materialize`, ..."""
-    if _on_reference_passes or x.dtype not in configs.dtypes() or why_not_on(x.device):
+    if on_reference(x) or why_not_on(x.device):
         return reference
     return _triton_passes()
 

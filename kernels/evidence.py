@@ -26,6 +26,9 @@ from cassetta.kernels import machine
 CACHE = "CASSETTA_CACHE"
 SHIPPED = Path(__file__).parent / "tuned"
 
+changes = 0
+"""How often tables were added to or forgotten in this process: what was found in them may be old."""
+
 
 class Record(NamedTuple):
     """What was chosen for one key, and why."""
@@ -63,6 +66,8 @@ class Table:
 
     def add(self, key: str, record: Record) -> None:
         """Keep a record, here and on disk, beside what other processes have found meanwhile."""
+        global changes
+        changes += 1
         self.records[key] = record
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,6 +98,8 @@ def table(device: torch.device) -> Table:
 
 def forget() -> None:
     """Read the tables again when they are next asked for."""
+    global changes
+    changes += 1
     _table.cache_clear()
 
 

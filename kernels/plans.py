@@ -201,6 +201,16 @@ def use_plan(*plans: Any) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> tuple[Any, ...]:
+    """Return the plans that every launch takes, each for those of its kind."""
+    return tuple(_forced.values()) if _forced else ()
+
+
+def is_listening() -> bool:
+    """Tell whether somebody wants to know what is planned."""
+    return _asked is not None
+
+
 @contextmanager
 def listening() -> Iterator[dict[str, Pass | Product]]:
     """What is planned in this block of code, by key."""

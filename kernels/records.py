@@ -183,10 +183,19 @@ PASSES: dict[str, PassRecord[Any, Any]] = {}
 _LIBRARY = Library("cassetta", "FRAGMENT")
 
 
+_RUNS: dict[str, Callable[..., Any]] = {}
+
+
+def run(operator: Any) -> Callable[..., Any]:
+    """Return the function that runs an operator of ours, for a tape, which runs it step by step."""
+    return _RUNS[operator.name().partition(".")[0]]
+
+
 def run_by(passes: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
     """Let every operator be run by what `passes` names for a tensor; return `passes`."""
     for name, record in PASSES.items():
         run = record.together(lambda x, name=name: getattr(passes(x), name), judged=True)
+        _RUNS[f"cassetta::{name}"] = run
         _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     return passes
 

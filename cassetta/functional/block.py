@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from cassetta.functional import recordings
 from cassetta.functional.nodes import first_order
 from cassetta.functional.norm import Normalization, Pool
 from cassetta.functional.steps import (
@@ -123,6 +124,27 @@ def unflat(flat: Sequence[Any]) -> Given:
     return Given(tuple(one), tuple(two), tuple(epilogue), Tables(*found), *last)
 
 
+def evaluate(
+    plan: Plan, inputs: Sequence[Tensor | None], given: Given
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """`compute`, by its recording if there is one."""
+
+    def again(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        y, found = compute(plan, *tensors[:8], unflat([*tensors[8:], *given.numbers]))  # type: ignore
+        return y, *found
+
+    if torch.compiler.is_compiling() or _is_shared(plan):
+        return compute(plan, *inputs, given)  # type: ignore[arg-type]
+    tensors = *inputs, *(one for part in given[:-1] for one in part)
+    y, *found = recordings.run(("forward", plan, given.numbers), again, tensors)
+    return y, tuple(found)  # type: ignore[return-value]
+
+
+def _is_shared(plan: Plan) -> bool:
+    """Tell whether other processes share the statistics: a collective is part of no recording."""
+    return plan.norm is not None and plan.norm[0].process_group is not None
+
+
 def compute(
     plan: Plan, x: Tensor, x2: Tensor | None, w: Tensor | None, b: Tensor | None,
     r: Tensor | None, gamma: Any, beta: Any, weight: Any, given: Given,
@@ -167,8 +189,9 @@ class Block(Function):
         ctx.plan, ctx.is_summed, ctx.nb_others = plan, is_summed, len(rest)
         ctx.numbers = given.numbers
         ctx.reads_sums = sums is not None, sums2 is not None
-        ctx.dtypes = [None if one is None else one.dtype for one in (w, b, gamma, beta, weight)]
-        y, found = compute(plan, x, x2, w, b, r, gamma, beta, weight, given)
+        learned = w, b, gamma, beta, weight
+        ctx.dtypes = tuple([None if one is None else one.dtype for one in learned])
+        y, found = evaluate(plan, (x, x2, w, b, r, gamma, beta, weight), given)
         tables = given.prepared
         if plan.norm is not None and not plan.norm[1]:
             tables = completed(tables, plan.word, found)
@@ -186,37 +209,68 @@ class Block(Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, g: Tensor, sums: Tensor | None = None, *found: Any) -> tuple:
-        plan, needs = ctx.plan, ctx.needs_input_grad[2:12]
-        x, x2, w, b, kept, gamma, beta, weight, *rest = ctx.saved_tensors
+        sums = sums if ctx.is_summed[0] else None
+        back = Backward(
+            ctx.plan, ctx.numbers, tuple(ctx.needs_input_grad[2:12]), ctx.reads_sums, ctx.dtypes
+        )
+        tensors = g, sums, *ctx.saved_tensors
+        if torch.compiler.is_compiling() or _is_shared(ctx.plan):
+            grads = back.compute(*tensors)
+        else:
+            grads = recordings.run(("backward", back), back.compute, tensors)
+        return None, None, *grads, *[None] * ctx.nb_others
+
+
+class Backward(NamedTuple):
+    """All that the backward of a node does, but for the tensors it does it to."""
+
+    plan: Plan
+    numbers: tuple[float, ...]
+    needs: tuple[bool, ...]  # of x, its sums, x2, its sums, w, b, residual, gamma, beta, weight
+    reads_sums: tuple[bool, bool]
+    dtypes: tuple[torch.dtype | None, ...]  # of w, b, gamma, beta, weight
+
+    def compute(
+        self, g: Tensor, sums: Tensor | None, *saved: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Compute the gradients that are needed, given that of y, of its sums, and what was saved.
+
+        In the order of `needs`.
+        """
+        plan, numbers, needs, reads_sums, dtypes = self
+        x, x2, w, b, kept, gamma, beta, weight, *rest = saved
         n = 12 + len(Tables._fields)
         one, two, tables, factors = rest[:6], rest[6:12], Tables(*rest[12:n]), tuple(rest[n:])
-        steps = plan.steps(gamma, beta, weight, factors, ctx.numbers)
+        steps = plan.steps(gamma, beta, weight, factors, numbers)
         p, p2 = (
-            together(one[:5], plan.activation(n, ctx.numbers)) for n, one in enumerate((one, two))
+            together(one[:5], plan.activation(n, numbers)) for n, one in enumerate((one, two))
         )
         to_y = needs[0] if plan.product is None else any(needs[:7])
         dy: Any = g
-        grads: list[Tensor | None] = [None] * 10  # in the order of the arguments
+        grads: list[Tensor | None] = [None] * 10
         if plan.by_result:
+            assert kept is not None
             dy = gradient_by_result(g, kept, steps) if to_y else None
         elif not steps.are_none():
-            sums = sums if ctx.is_summed[0] else None
             image = g if kept is None else kept
-            dy, *grads[7:] = gradients(g, sums, image, steps, tables, (to_y, *needs[7:]))
+            wanted = to_y, needs[7], needs[8], needs[9]
+            dy, *grads[7:] = gradients(g, sums, image, steps, tables, wanted)
         if plan.product is None:
             grads[0] = dy
         elif to_y:
-            images = [(x, p, one[5] if ctx.reads_sums[0] else None)]
+            assert x is not None
+            assert w is not None
+            images = [(x, p, one[5] if reads_sums[0] else None)]
             if x2 is not None:
-                images.append((x2, p2, two[5] if ctx.reads_sums[1] else None))
+                images.append((x2, p2, two[5] if reads_sums[1] else None))
             asked = (needs[0] or needs[1], needs[2] or needs[3], *needs[4:6])
             grads[:6] = _through_product(plan, dy, images, w, b, asked)
             grads[6] = dy
-        for place, dtype in zip((4, 5, 7, 8, 9), ctx.dtypes, strict=True):
+        for place, dtype in zip((4, 5, 7, 8, 9), dtypes, strict=True):
             grad = grads[place]
             grads[place] = None if grad is None or not needs[place] else grad.to(dtype)
         grads[6] = grads[6] if needs[6] else None
-        return None, None, *grads, *[None] * ctx.nb_others
+        return tuple(grads)
 
 
 def _through_product(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cassetta.functional.block import Block, Given, Image, Plan, Product, compute, flat
+from cassetta.functional.block import Block, Given, Image, Plan, Product, evaluate, flat
 from cassetta.functional.norm import Normalization
 from cassetta.functional.steps import Steps, Tables, completed, prepared
 from cassetta.kernels.engines import ENGINES
@@ -150,7 +150,7 @@ def _node(
     else:
         x1, _, x2, _, *parameters = inputs
         with torch.no_grad():
-            z, found = compute(plan, x1, x2, *parameters, given)  # type: ignore[arg-type]
+            z, found = evaluate(plan, (x1, x2, *parameters), given)
     if norm is None or norm.fixed is not None:
         own = None if found[0] is None else Moments(*found[:2])
     else:

@@ -1,0 +1,124 @@
+"""Recordings of what nodes do (`kernels.tape`), by all that they depend on.
+
+What a node does to its tensors is a function of its plan, of the shapes, strides and dtypes of the
+tensors, and of a few settings: these are the key of its recording. It is recorded when it is done
+the second time, and replayed from then on, so that sizes that come once leave nothing but a key.
+
+The general path stays: it is what runs where somebody looks at operators (modes of dispatch and
+functions, hooks of Triton's launches) or nothing can be recorded, and what a recording is made of.
+"""
+
+import importlib
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cassetta.kernels import dispatch, evidence, machine, plans, precision, tape
+
+LIMIT = 2048
+"""How many keys are known at a time; the one that has been known for the longest gives way."""
+
+SEEN, NEVER = "seen", "never"
+_known: dict[Any, Any] = {}  # SEEN, NEVER, or what replays
+_gone = 0
+
+
+def run(what: Any, function: tape.Function, tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """Return function(*tensors), by its recording if it has one.
+
+    Parameters
+    ----------
+    what : hashable
+        All that the function does depends on, beside the tensors and the settings.
+    """
+    first = tensors[0]
+    assert first is not None
+    if not _may_replay(first):
+        return function(*tensors)
+    facts = [None if x is None else (x.shape, x.stride(), x.dtype, type(x)) for x in tensors]
+    key = what, tuple(facts), first.device, _settings(first)
+    found = _known.get(key)
+    if found is NEVER:
+        return function(*tensors)
+    if found is None:
+        _keep(key, SEEN if _are_plain(tensors) else NEVER)
+        return function(*tensors)
+    with _unrounded(first):
+        if found is not SEEN:
+            try:
+                return found(*tensors)
+            except tape.Changed:
+                pass
+        try:
+            _known[key], out = tape.record(function, *tensors)
+        except tape.Unrecordable:
+            _known[key] = NEVER
+            return function(*tensors)
+        return out
+
+
+def _may_replay(x: Tensor) -> bool:
+    """Tell whether nobody looks at what is done on the way, and kernels do it."""
+    return (
+        not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and x.device.type == machine.kernels_on()
+        and not dispatch.on_reference(x)
+        and not plans.is_listening()
+        and (x.device.type == "cpu" or x.device.index == torch.cuda.current_device())
+        and not _are_hooked()
+    )
+
+
+def _settings(x: Tensor) -> tuple[Any, ...]:
+    """What else the passes over such an image depend on."""
+    exact = precision.of_convolutions() if x.dtype is torch.float32 else ""
+    return evidence.changes, plans.forced(), exact
+
+
+def _are_plain(tensors: Sequence[Tensor | None]) -> bool:
+    return all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+
+
+def _keep(key: Any, value: Any) -> None:
+    """Keep a key; the oldest one gives way, and where that happens often it is said."""
+    global _gone
+    if len(_known) >= LIMIT:
+        _known.pop(next(iter(_known)), None)
+        _gone += 1
+        if _gone == 4 * LIMIT:
+            warnings.warn(
+                f"blocks met more than {_gone} kinds of images, more than {LIMIT} of which are "
+                "known at a time: the host is slower than it need be. Pad or crop images to fewer "
+                "sizes",
+                stacklevel=2,
+            )
+    _known[key] = value
+
+
+def _unrounded(x: Tensor) -> Any:
+    """Return a context in which autocast rounds nothing: what is recorded has its dtypes."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def _are_hooked() -> bool:
+    """Tell whether somebody is told of Triton's launches."""
+    hook = _runtime().launch_enter_hook
+    return bool(getattr(hook, "calls", hook))
+
+
+def _runtime() -> Any:
+    global _knobs
+    if _knobs is None:
+        _knobs = importlib.import_module("triton").knobs.runtime
+    return _knobs
+
+
+_knobs: Any = None
