@@ -242,9 +242,7 @@ class Backward(NamedTuple):
         n = 12 + len(Tables._fields)
         one, two, tables, factors = rest[:6], rest[6:12], Tables(*rest[12:n]), tuple(rest[n:])
         steps = plan.steps(gamma, beta, weight, factors, numbers)
-        p, p2 = (
-            together(one[:5], plan.activation(n, numbers)) for n, one in enumerate((one, two))
-        )
+        p, p2 = (together(one[:5], plan.activation(n, numbers)) for n, one in enumerate((one, two)))
         to_y = needs[0] if plan.product is None else any(needs[:7])
         dy: Any = g
         grads: list[Tensor | None] = [None] * 10

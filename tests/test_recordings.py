@@ -1,0 +1,285 @@
+"""What is replayed is what the general path does: to the bit, and launch by launch."""
+
+import contextlib
+import copy
+import random
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from cassetta.backbones import ATrousNet, MeshNet, UNet
+from cassetta.functional import recordings
+from cassetta.kernels import dispatch, plans, tape
+from cassetta.layers import ConvBlock, ConvGroup
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="cuDNN need not give the same bits twice"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_known(monkeypatch):
+    monkeypatch.setattr(recordings, "_known", {})
+
+
+@contextlib.contextmanager
+def general():
+    """Nothing is recorded or replayed in a `with` block."""
+    before, recordings._may_replay = recordings._may_replay, lambda x: False
+    try:
+        yield
+    finally:
+        recordings._may_replay = before
+
+
+def replays():
+    return [found for found in recordings._known.values() if callable(found)]
+
+
+def step(net, image, dtype=None):
+    """Output, gradients and buffers; from the same random state each time."""
+    net.zero_grad()
+    torch.manual_seed(1)
+    asks = image.requires_grad or any(p.requires_grad for p in net.parameters())
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        out = net(image)
+    found = [out.detach().clone()]
+    if asks and out.requires_grad:
+        torch.manual_seed(2)
+        inputs = [one for one in (image, *net.parameters()) if one.requires_grad]
+        grads = torch.autograd.grad(
+            out, inputs, torch.randn(out.shape).to(out.dtype), allow_unused=True
+        )
+        found += [one for one in grads if one is not None]
+    return found + [one.clone() for one in net.buffers()]
+
+
+def assert_same(found, expected):
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.dtype, one.shape, one.stride()) == (other.dtype, other.shape, other.stride())
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+NETS = {
+    "instance": lambda: (ConvBlock(2, 4, 6, norm="instance", order="cndax"), (2, 4, 6, 7)),
+    "pre-activation": lambda: (
+        ConvGroup(2, 6, nb_conv=2, norm="batch", order="nacdx", residual=True), (2, 6, 5, 6),
+    ),
+    "PReLU": lambda: (
+        ConvGroup(3, 5, nb_conv=2, norm=5, order="cdnax", activation="PReLU", dropout=0.3),
+        (2, 5, 4, 5, 6),
+    ),
+    "no norm": lambda: (ConvGroup(1, 5, nb_conv=2, activation="ELU"), (2, 5, 40)),
+    "attention": lambda: (
+        ConvGroup(2, 8, nb_conv=2, norm="layer", attention="sqzex", order="cndax"), (2, 8, 6, 6),
+    ),
+    "unet": lambda: (UNet(2, 4, nb_levels=2, norm="batch", dropout=0.2), (2, 4, 9, 8)),
+    "unet, pooled": lambda: (
+        UNet(2, 4, nb_levels=2, norm="instance", pool_mode="pool", unpool_mode="conv", skip="+"),
+        (2, 4, 9, 8),
+    ),
+    "meshnet": lambda: (MeshNet(3, 5, nb_layers=3, residual=True), (1, 5, 6, 7, 5)),
+    "atrous": lambda: (ATrousNet(2, 4, nb_levels=2), (2, 4, 9, 9)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("name", NETS)
+def test_a_replay_gives_the_same_bits(name, train, kernels, engine):
+    """Of other images each time, with other weights; also under another dtype meanwhile."""
+    torch.manual_seed(0)
+    net, shape = NETS[name]()
+    net.train(train)
+    twin = copy.deepcopy(net)
+    for n in range(4):
+        image = torch.randn(shape, requires_grad=train)
+        with contextlib.nullcontext() if train else torch.no_grad():
+            found = step(net, image)
+            with general():
+                expected = step(twin, image)
+        assert_same(found, expected)
+        with torch.no_grad():
+            for one, other in zip(net.parameters(), twin.parameters(), strict=True):
+                one.add_(0.01)
+                other.add_(0.01)
+    assert replays()
+    assert tape.current() is None
+
+
+def exchanged(net):
+    """Each parameter is another one, of the same values but for the sign."""
+    for module in net.modules():
+        for name, one in [*module._parameters.items()]:
+            if one is not None:
+                setattr(module, name, nn.Parameter(-one.detach().clone()))
+
+
+def swapped(net):
+    for one in net.parameters():
+        one.data = one.data.flip(0).contiguous()
+
+
+def flipped(net):
+    some = [*net.parameters()][::2]
+    for one in some:
+        one.requires_grad_(not one.requires_grad)
+
+
+def another_eps(net):
+    for module in net.modules():
+        if hasattr(module, "eps"):
+            module.eps *= 3
+
+
+def hooked(net):
+    next(m for m in net.modules() if isinstance(m, ConvBlock)).conv.register_forward_hook(
+        lambda module, inputs, out: out * 2
+    )
+
+
+CHANGES = {
+    "parameters are exchanged": exchanged,
+    "data is swapped": swapped,
+    "requires_grad is flipped": flipped,
+    "eps": another_eps,
+    "a hook": hooked,
+    "mode": lambda net: net.train(not net.training),
+    "weights channels last": lambda net: net.to(memory_format=torch.channels_last),
+}
+
+
+def last(image):
+    return image.contiguous(memory_format=torch.channels_last)
+
+
+def inside(image):
+    """The same values, in another place of a larger storage."""
+    n, c, *size = image.shape
+    return torch.zeros(n, c + 1, *size)[:, 1:].copy_(image)
+
+
+def expanded(image):
+    return image[:1].expand(image.shape)
+
+
+IMAGES = [lambda x: x, last, inside, expanded, lambda x: x[..., :-1], lambda x: x[:1]]
+DTYPES = [None, None, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_changes_nothing_stale_runs(seed, kernels, engine):
+    """Random blocks, of which something changes between calls, in turns."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    net = ConvGroup(
+        2, 4, nb_conv=2,
+        norm=draw.choice(["instance", "batch", "layer", 2, None]),
+        order=draw.choice(["cndax", "caxnd", "nacdx", "dcnax"]),
+        activation=draw.choice(["ReLU", "PReLU", "SiLU", "Softplus", "Tanh"]),
+        dropout=draw.choice([None, 0.4]), residual=draw.choice([True, False]),
+        kernel_size=draw.choice([1, 3]),
+    )  # fmt: skip
+    twin = copy.deepcopy(net)
+    changes, images = [*CHANGES], IMAGES * 2
+    draw.shuffle(changes)
+    draw.shuffle(images)
+    for change in ["", *changes[:3]]:
+        for one in (net, twin):
+            CHANGES.get(change, lambda net: None)(one)
+        for make in images[:2]:
+            image = make(torch.randn(2, 4, 6, 5)).detach()
+            image.requires_grad_(draw.random() < 0.7)
+            dtype = draw.choice(DTYPES)
+            if dtype is torch.bfloat16:
+                dtype = None  # which the interpreter computes wrongly
+            for _ in range(3):
+                found = step(net, image, dtype)
+                with general():
+                    assert_same(found, step(twin, image, dtype))
+        images = images[2:] + images[:2]
+    assert replays()
+
+
+def test_plans_and_what_was_measured_are_part_of_the_key(kernels):
+    """Another plan is another recording."""
+    net, image = ConvBlock(2, 4, 4, norm="instance"), torch.randn(2, 4, 6, 6)
+    known = []
+    with dispatch.use_engine("gemm"), torch.no_grad():
+        for plan in (plans.GemmPlan(64, 64, 32), plans.GemmPlan(128, 64, 32)):
+            with plans.use_plan(plan):
+                for _ in range(3):
+                    net(image)
+            known.append(len(replays()))
+    assert 0 < known[0] < known[1]
+
+
+def test_where_somebody_looks_the_general_path_runs(kernels):
+    """Modes see the operators, and what nobody could record is left alone."""
+    net, image = ConvBlock(2, 4, 4, norm="instance"), torch.randn(2, 4, 6, 6)
+    with dispatch.use_engine("gemm"), torch.no_grad():
+        for _ in range(3):
+            net(image)
+        seen = []
+
+        class Mode(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                seen.append(func.namespace)
+                return func(*args, **(kwargs or {}))
+
+        with Mode():
+            net(image)
+    assert "cassetta" in seen
+
+
+def test_many_kinds_of_images_are_said_once(kernels, monkeypatch):
+    """And no more of them are known than the limit allows."""
+    monkeypatch.setattr(recordings, "LIMIT", 4)
+    monkeypatch.setattr(recordings, "_gone", 0)
+    net = ConvBlock(1, 2, 2)
+    with dispatch.use_engine("gemm"), torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("error", "blocks met more than")
+        for n in range(15):
+            net(torch.randn(1, 2, 5 + n))
+        assert len(recordings._known) == 4
+        with pytest.raises(UserWarning, match="more than 16 kinds of images"):
+            for n in range(15, 40):
+                net(torch.randn(1, 2, 5 + n))
+
+
+def test_what_cannot_be_repeated_is_refused():
+    x = torch.randn(3)
+    with pytest.raises(tape.Unrecordable, match="the host reads a value"):
+        tape.record(lambda x: (x * x.sum().item(),), x)
+    pair = torch.randn(3, 4)
+    with pytest.raises(tape.Unrecordable, match="share their memory"):
+        tape.record(lambda a, b: (pair[1:2, 2:3] + 1,), pair[:, :3], pair[:, 1:])
+
+
+def test_a_tensor_that_was_two_is_noticed():
+    """Of one tensor that was given twice, two are told apart, and never mistaken for one."""
+    x, y = torch.randn(3), torch.randn(3)
+    replay, out = tape.record(lambda a, b: (a + 2 * b,), x, x)
+    torch.testing.assert_close(out[0], 3 * x)
+    torch.testing.assert_close(replay(y, y)[0], 3 * y)
+    with pytest.raises(tape.Changed):
+        replay(x, y)
+
+
+LAUNCHES = Path(__file__).with_name("launches.py")
+
+
+def test_launches_are_those_of_the_general_path(tmp_path):
+    """On a driver that does nothing: kernels, grids, numbers and addresses, one by one."""
+    line = [sys.executable, str(LAUNCHES), str(tmp_path)]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=600)
+    if "cannot be measured" in done.stderr:
+        pytest.skip(done.stderr)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "compared" in done.stdout
