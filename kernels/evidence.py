@@ -27,7 +27,7 @@ CACHE = "CASSETTA_CACHE"
 SHIPPED = Path(__file__).parent / "tuned"
 
 changes = 0
-"""How often tables were added to or forgotten in this process: what was found in them may be old."""
+"""How often tables were added to, or forgotten, in this process: what they said may be old."""
 
 
 class Record(NamedTuple):

@@ -2,13 +2,13 @@
 
 What is recorded: operators of ATen, by a dispatch mode; allocations; and launches of kernels, whose
 passes run as they are (`tile.launch` asks for the tape of its thread). In the code a launch takes
-the address of a tensor plus an offset, so that views vanish; small tensors that launches alone read
-share one allocation; a temporary is freed after its last reader. What is left per call is: allocate,
-convolve, launch.
+the address of a tensor plus an offset, so that views vanish; small tensors that launches alone
+read share one allocation; a temporary is freed after its last reader. What is left per call is:
+allocate, convolve, launch.
 
-A recording holds for tensors of the shapes, strides and dtypes of those that it was made of, and for
-the same settings, for which its caller answers (`cassetta.functional.recordings`). What no key can
-know is asked in each replay: whether addresses are aligned as they were, and operators lay out
+A recording holds for tensors of the shapes, strides and dtypes of those that it was made of, and
+for the same settings, for which its caller answers (`cassetta.functional.recordings`). What no key
+can know is asked in each replay: whether addresses are aligned as they were, and operators lay out
 their results as they did. If not, `Changed` is raised, and nothing that was given has been written.
 """
 

@@ -1,9 +1,9 @@
-"""Compare the launches of replays with those of the general path: a script, in a process of its own.
+"""Compare the launches of replays with those of the general path: a script, in its own process.
 
-On a driver that does nothing (`bench/libcuda.py`), as `make bench-host` has it: launches are real up
-to the driver, kernels do not run. What Triton's launcher is given is compared: kernel, grid, numbers,
-and addresses, of which those of parameters and images are the same, and others equal one another in
-the same places.
+On a driver that does nothing (`bench/libcuda.py`), as `make bench-host` has it: launches are real
+up to the driver, kernels do not run. What Triton's launcher is given is compared: kernel, grid,
+numbers, and addresses, of which those of parameters and images are the same, and others equal one
+another in the same places.
 """
 
 import os

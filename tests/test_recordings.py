@@ -42,8 +42,17 @@ def replays():
     return [found for found in recordings._known.values() if callable(found)]
 
 
+TILES = plans.Plan(1024, 4), plans.GemmPlan(64, 16, 16), plans.WgradPlan(64, 16, 64)
+"""As small as these images: the interpreter computes all of a tile."""
+
+
 def step(net, image, dtype=None):
     """Output, gradients and buffers; from the same random state each time."""
+    with plans.use_plan(*TILES):
+        return _step(net, image, dtype)
+
+
+def _step(net, image, dtype):
     net.zero_grad()
     torch.manual_seed(1)
     asks = image.requires_grad or any(p.requires_grad for p in net.parameters())
@@ -67,26 +76,26 @@ def assert_same(found, expected):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
-NETS = {
+NETS = {  # in one dimension, for the interpreter takes its time for each tap
     "instance": lambda: (ConvBlock(2, 4, 6, norm="instance", order="cndax"), (2, 4, 6, 7)),
     "pre-activation": lambda: (
-        ConvGroup(2, 6, nb_conv=2, norm="batch", order="nacdx", residual=True), (2, 6, 5, 6),
+        ConvGroup(1, 6, nb_conv=2, norm="batch", order="nacdx", residual=True), (2, 6, 15),
     ),
     "PReLU": lambda: (
-        ConvGroup(3, 5, nb_conv=2, norm=5, order="cdnax", activation="PReLU", dropout=0.3),
-        (2, 5, 4, 5, 6),
+        ConvGroup(1, 5, nb_conv=2, norm=5, order="cdnax", activation="PReLU", dropout=0.3),
+        (2, 5, 16),
     ),
     "no norm": lambda: (ConvGroup(1, 5, nb_conv=2, activation="ELU"), (2, 5, 40)),
     "attention": lambda: (
-        ConvGroup(2, 8, nb_conv=2, norm="layer", attention="sqzex", order="cndax"), (2, 8, 6, 6),
+        ConvGroup(1, 8, nb_conv=2, norm="layer", attention="sqzex", order="cndax"), (2, 8, 12),
     ),
-    "unet": lambda: (UNet(2, 4, nb_levels=2, norm="batch", dropout=0.2), (2, 4, 9, 8)),
+    "unet": lambda: (UNet(1, 4, nb_levels=2, norm="batch", dropout=0.2), (2, 4, 17)),
     "unet, pooled": lambda: (
-        UNet(2, 4, nb_levels=2, norm="instance", pool_mode="pool", unpool_mode="conv", skip="+"),
-        (2, 4, 9, 8),
+        UNet(1, 4, nb_levels=2, norm="instance", pool_mode="pool", unpool_mode="conv", skip="+"),
+        (2, 4, 16),
     ),
-    "meshnet": lambda: (MeshNet(3, 5, nb_layers=3, residual=True), (1, 5, 6, 7, 5)),
-    "atrous": lambda: (ATrousNet(2, 4, nb_levels=2), (2, 4, 9, 9)),
+    "meshnet": lambda: (MeshNet(1, 5, nb_layers=3, residual=True), (1, 5, 30)),
+    "atrous": lambda: (ATrousNet(1, 4, nb_levels=2), (2, 4, 19)),
 }  # fmt: skip
 
 
@@ -98,7 +107,7 @@ def test_a_replay_gives_the_same_bits(name, train, kernels, engine):
     net, shape = NETS[name]()
     net.train(train)
     twin = copy.deepcopy(net)
-    for n in range(4):
+    for _ in range(3):
         image = torch.randn(shape, requires_grad=train)
         with contextlib.nullcontext() if train else torch.no_grad():
             found = step(net, image)
@@ -151,12 +160,14 @@ CHANGES = {
     "eps": another_eps,
     "a hook": hooked,
     "mode": lambda net: net.train(not net.training),
-    "weights channels last": lambda net: net.to(memory_format=torch.channels_last),
+    "weights in another layout": lambda net: [
+        setattr(p, "data", last(p.data)) for p in net.parameters() if p.ndim == 3
+    ],
 }
 
 
 def last(image):
-    return image.contiguous(memory_format=torch.channels_last)
+    return image.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def inside(image):
@@ -173,13 +184,13 @@ IMAGES = [lambda x: x, last, inside, expanded, lambda x: x[..., :-1], lambda x: 
 DTYPES = [None, None, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_whatever_changes_nothing_stale_runs(seed, kernels, engine):
     """Random blocks, of which something changes between calls, in turns."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
     net = ConvGroup(
-        2, 4, nb_conv=2,
+        1, 4, nb_conv=2,
         norm=draw.choice(["instance", "batch", "layer", 2, None]),
         order=draw.choice(["cndax", "caxnd", "nacdx", "dcnax"]),
         activation=draw.choice(["ReLU", "PReLU", "SiLU", "Softplus", "Tanh"]),
@@ -193,8 +204,8 @@ def test_whatever_changes_nothing_stale_runs(seed, kernels, engine):
     for change in ["", *changes[:3]]:
         for one in (net, twin):
             CHANGES.get(change, lambda net: None)(one)
-        for make in images[:2]:
-            image = make(torch.randn(2, 4, 6, 5)).detach()
+        for make in images[:1]:
+            image = make(torch.randn(2, 4, 25)).detach()
             image.requires_grad_(draw.random() < 0.7)
             dtype = draw.choice(DTYPES)
             if dtype is torch.bfloat16:
@@ -203,7 +214,7 @@ def test_whatever_changes_nothing_stale_runs(seed, kernels, engine):
                 found = step(net, image, dtype)
                 with general():
                     assert_same(found, step(twin, image, dtype))
-        images = images[2:] + images[:2]
+        images = images[1:] + images[:1]
     assert replays()
 
 
@@ -243,14 +254,15 @@ def test_many_kinds_of_images_are_said_once(kernels, monkeypatch):
     monkeypatch.setattr(recordings, "LIMIT", 4)
     monkeypatch.setattr(recordings, "_gone", 0)
     net = ConvBlock(1, 2, 2)
-    with dispatch.use_engine("gemm"), torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("error", "blocks met more than")
+    with dispatch.use_engine("gemm"), torch.no_grad(), warnings.catch_warnings(record=True) as told:
+        warnings.filterwarnings("always", "blocks met more than")
         for n in range(15):
             net(torch.randn(1, 2, 5 + n))
         assert len(recordings._known) == 4
-        with pytest.raises(UserWarning, match="more than 16 kinds of images"):
-            for n in range(15, 40):
-                net(torch.randn(1, 2, 5 + n))
+        assert not told
+        for n in range(15, 60):
+            net(torch.randn(1, 2, 5 + n))
+    assert [str(one.message)[:42] for one in told] == ["blocks met more than 16 kinds of images, m"]
 
 
 def test_what_cannot_be_repeated_is_refused():

@@ -152,7 +152,7 @@ def _node(
         with torch.no_grad():
             z, found = evaluate(plan, (x1, x2, *parameters), given)
     if norm is None or norm.fixed is not None:
-        own = None if found[0] is None else Moments(*found[:2])
+        own = None if found[0] is None else Moments(*found[:2])  # type: ignore[arg-type]
     else:
         tables = completed(tables, steps.word, found)
         _track(norm, tables, like)

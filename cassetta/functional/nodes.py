@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from cassetta.kernels import ops
-from cassetta.kernels.types import unflat
+from cassetta.functional import recordings
 
 
 class _Refused(Function):
@@ -54,7 +53,7 @@ class Materialize(Function):
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
         *prologue, residual, dtype = rest
         ctx.has_residual, ctx.nb_others = residual is not None, len(prologue)
-        return ops.materialize(x, unflat(prologue), residual, dtype)
+        return recordings.transform("materialize", x, prologue, [residual], dtype)[0]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # and so theirs, to any order
@@ -68,7 +67,8 @@ class MaterializeMoments(Function):
     def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         *prologue, residual, dtype = rest
         ctx.has_residual, ctx.nb_others = residual is not None, len(prologue)
-        z, mean, var = ops.materialize_moments(x, unflat(prologue), residual, dtype)
+        found = recordings.transform("materialize_moments", x, prologue, [residual], dtype)
+        z, mean, var = found
         ctx.mark_non_differentiable(mean, var)
         return z, mean, var
 

@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
+from cassetta.functional import recordings
 from cassetta.functional.deferred import Deferred
 from cassetta.functional.nodes import first_order
 from cassetta.kernels import ops
-from cassetta.kernels.types import flat, unflat
+from cassetta.kernels.types import flat
 
 
 def max_pool(x: Deferred, window: tuple[int, ...]) -> Tensor:
@@ -30,7 +31,7 @@ class _MaxPool(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
         *prologue, window = rest
-        y, where = ops.max_pool(x, unflat(prologue), window)
+        y, where = recordings.transform("max_pool", x, prologue, (), window)
         ctx.save_for_backward(where)
         ctx.window, ctx.size, ctx.nb_others = window, tuple(x.shape[2:]), len(rest)
         return y
@@ -38,6 +39,8 @@ class _MaxPool(Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, g: Tensor) -> tuple:
-        (where,) = ctx.saved_tensors
-        dz = ops.max_pool_dgrad(g, where, ctx.window, ctx.size)
+        window, size = ctx.window, ctx.size
+        again = lambda g, where: (ops.max_pool_dgrad(g, where, window, size),)  # noqa: E731
+        key = "max_pool_dgrad", window, size
+        (dz,) = recordings.run(key, again, (g, *ctx.saved_tensors))
         return dz, *[None] * ctx.nb_others

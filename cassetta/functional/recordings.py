@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cassetta.kernels import dispatch, evidence, machine, plans, precision, tape
+from cassetta.kernels import dispatch, evidence, machine, ops, plans, precision, tape
+from cassetta.kernels.types import Activation, Prologue
 
 LIMIT = 2048
 """How many keys are known at a time; the one that has been known for the longest gives way."""
@@ -37,7 +38,7 @@ def run(what: Any, function: tape.Function, tensors: Sequence[Tensor | None]) ->
     """
     first = tensors[0]
     assert first is not None
-    if not _may_replay(first):
+    if torch.compiler.is_compiling() or not _may_replay(first):
         return function(*tensors)
     facts = [None if x is None else (x.shape, x.stride(), x.dtype, type(x)) for x in tensors]
     key = what, tuple(facts), first.device, _settings(first)
@@ -59,6 +60,27 @@ def run(what: Any, function: tape.Function, tensors: Sequence[Tensor | None]) ->
             _known[key] = NEVER
             return function(*tensors)
         return out
+
+
+def transform(
+    name: str, x: Tensor, prologue: Sequence[Any], others: Sequence[Tensor | None], *numbers: Any
+) -> tuple[Any, ...]:
+    """Return what a pass makes of what is pending on x: of `prologue`, as `types.flat` has it.
+
+    Parameters
+    ----------
+    name : str
+        Of the pass, which is called with x, the prologue, the other tensors, and the numbers.
+    """
+    s1, t1, act, p, q, slope, s2, t2 = prologue
+
+    def again(x: Tensor, *given: Tensor | None) -> tuple[Any, ...]:
+        s1, t1, slope, s2, t2, *rest = given
+        pending = Prologue(s1, t1, Activation(act, p, q), slope, s2, t2)
+        made = getattr(ops, name)(x, pending, *rest, *numbers)
+        return (made,) if isinstance(made, Tensor) else made
+
+    return run((name, act, p, q, numbers), again, (x, s1, t1, slope, s2, t2, *others))
 
 
 def _may_replay(x: Tensor) -> bool:

@@ -23,10 +23,11 @@ from torch import Tensor
 from torch.autograd import Function
 
 from cassetta.core.later import interpol
+from cassetta.functional import recordings
 from cassetta.functional.deferred import Deferred
 from cassetta.functional.nodes import first_order
 from cassetta.kernels import layout, ops, reference
-from cassetta.kernels.types import Grid, flat, unflat
+from cassetta.kernels.types import Grid, flat
 
 
 def resize(
@@ -124,12 +125,15 @@ class _Resize(Function):
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
         *prologue, size, ctx.grid = rest
         ctx.size, ctx.nb_others = tuple(x.shape[2:]), len(rest)
-        return ops.resize(x, unflat(prologue), size, ctx.grid)
+        return recordings.transform("resize", x, prologue, (), size, ctx.grid)[0]
 
     @staticmethod
     @first_order
     def backward(ctx: Any, g: Tensor) -> tuple:
-        return ops.resize_dgrad(g, ctx.size, ctx.grid), *[None] * ctx.nb_others
+        size, grid = ctx.size, ctx.grid
+        again = lambda g: (ops.resize_dgrad(g, size, grid),)  # noqa: E731
+        (dz,) = recordings.run(("resize_dgrad", size, grid), again, (g,))
+        return dz, *[None] * ctx.nb_others
 
 
 def fit(inp: Tensor, size: Sequence[int]) -> Tensor:
