@@ -144,7 +144,8 @@ def choose(
     if found is not None and (lack := lacks.get(found.engine, "there is no such engine")):
         found = Choice(DEFAULT, "", f"{found.engine!r} was asked for, but {lack}")
     if found is None and not torch.compiler.is_compiling():
-        record = evidence.table(x.device).find(key())
+        table = evidence.table(x.device)
+        record = table.find(key()) if table.records else None
         if record is not None and lacks.get(record.choice, "") is None:
             reason = "measured to be the fastest" if record.choice == "reference" else ""
             found = Choice(record.choice, reason, record.evidence, True)

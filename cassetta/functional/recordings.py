@@ -9,6 +9,7 @@ functions, hooks of Triton's launches) or nothing can be recorded, and what a re
 """
 
 import importlib
+import os
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -20,10 +21,14 @@ from torch import Tensor
 from cassetta.kernels import dispatch, evidence, machine, ops, plans, precision, tape
 from cassetta.kernels.types import Activation, Prologue
 
+ENVIRONMENT = "CASSETTA_RECORDINGS"
+"""Set to 0, it leaves everything to the general path: to find out whether a recording is wrong."""
+
 LIMIT = 2048
 """How many keys are known at a time; the one that has been known for the longest gives way."""
 
 SEEN, NEVER = "seen", "never"
+_enabled = os.environ.get(ENVIRONMENT, "1") != "0"
 _known: dict[Any, Any] = {}  # SEEN, NEVER, or what replays
 _gone = 0
 
@@ -86,7 +91,8 @@ def transform(
 def _may_replay(x: Tensor) -> bool:
     """Tell whether nobody looks at what is done on the way, and kernels do it."""
     return (
-        not torch._C._len_torch_dispatch_stack()
+        _enabled
+        and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and x.device.type == machine.kernels_on()
         and not dispatch.on_reference(x)
