@@ -1,6 +1,8 @@
 """`make bench-host`: what the host does for a block, without a GPU."""
 
 import csv
+import itertools
+import json
 import os
 import shlex
 import shutil
@@ -55,3 +57,15 @@ def test_what_is_missing_is_said(tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("bench-host: there is no C compiler")
     assert not list(tmp_path.iterdir())
+
+
+def test_small_images_are_timed(tmp_path):
+    """On a GPU; here, that the script runs: one row, of every rival in both layouts."""
+    out = tmp_path / "small.json"
+    line = [sys.executable, "bench/small.py", "--device", "cpu", "--budget", "0", "--out", str(out)]
+    assert ran(*line).returncode == 0
+    (row,) = json.loads(out.read_text())["rows"]
+    rivals = itertools.product(("eager", "library", "gemm"), ("first", "last"))
+    names = {f"{name} {layout}" for name, layout in rivals}
+    assert {*row} == {"norm", "C", "edge", *names}
+    assert all(ms > 0 for name in names for ms in row[name])

@@ -252,6 +252,31 @@ def test_where_somebody_looks_the_general_path_runs(kernels):
     assert "cassetta" in seen
 
 
+def test_what_does_not_hold_is_recorded_anew_once(kernels, monkeypatch):
+    """Then it is left to the general path, which is right each time."""
+    x, y = torch.randn(1, 2, 9, device=kernels), torch.randn(1, 2, 9, device=kernels)
+    monkeypatch.setattr(recordings, "_changed", set())
+    calls = []
+
+    def added(a, b):
+        calls.append(1)
+        return (a + 2 * b,)
+
+    def found(a, b):
+        (out,) = recordings.run("a test", added, (a, b))
+        torch.testing.assert_close(out, a + 2 * b)
+
+    for _ in range(3):
+        found(x, x)  # one tensor
+    assert len(calls) == 2
+    for _ in range(3):
+        found(x, y)  # two: as a replay finds out, then by the general path, recorded, replayed
+    assert len(calls) == 4
+    for _ in range(3):
+        found(x, x)  # which is none of what this recording distinguishes
+    assert len(calls) == 4
+
+
 def test_many_kinds_of_images_are_said_once(kernels, monkeypatch):
     """And no more of them are known than the limit allows."""
     monkeypatch.setattr(recordings, "LIMIT", 4)

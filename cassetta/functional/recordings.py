@@ -30,6 +30,7 @@ LIMIT = 2048
 SEEN, NEVER = "seen", "never"
 _enabled = os.environ.get(ENVIRONMENT, "1") != "0"
 _known: dict[Any, Any] = {}  # SEEN, NEVER, or what replays
+_changed: set[Any] = set()  # keys whose recording was found to hold no more
 _gone = 0
 
 
@@ -46,7 +47,7 @@ def run(what: Any, function: tape.Function, tensors: Sequence[Tensor | None]) ->
     if torch.compiler.is_compiling() or not _may_replay(first):
         return function(*tensors)
     facts = [None if x is None else (x.shape, x.stride(), x.dtype, type(x)) for x in tensors]
-    key = what, tuple(facts), first.device, _settings(first)
+    key = what, tuple(facts), first.device, first.data_ptr() % 16, _settings(first)
     found = _known.get(key)
     if found is NEVER:
         return function(*tensors)
@@ -54,17 +55,17 @@ def run(what: Any, function: tape.Function, tensors: Sequence[Tensor | None]) ->
         _keep(key, SEEN if _are_plain(tensors) else NEVER)
         return function(*tensors)
     with _unrounded(first):
-        if found is not SEEN:
-            try:
-                return found(*tensors)
-            except tape.Changed:
-                pass
         try:
+            if found is not SEEN:
+                return found(*tensors)
             _known[key], out = tape.record(function, *tensors)
+            return out
         except tape.Unrecordable:
             _known[key] = NEVER
-            return function(*tensors)
-        return out
+        except tape.Changed:  # recorded anew, once
+            _known[key] = NEVER if key in _changed else SEEN
+            _changed.add(key)
+    return function(*tensors)
 
 
 def transform(
@@ -116,7 +117,9 @@ def _keep(key: Any, value: Any) -> None:
     """Keep a key; the oldest one gives way, and where that happens often it is said."""
     global _gone
     if len(_known) >= LIMIT:
-        _known.pop(next(iter(_known)), None)
+        oldest = next(iter(_known))
+        _known.pop(oldest, None)
+        _changed.discard(oldest)
         _gone += 1
         if _gone == 4 * LIMIT:
             warnings.warn(
