@@ -46,6 +46,11 @@ def is_gpu(device: torch.device) -> bool:
     return device.type == "cuda" or (stand_in is not None and device.type == "cpu")
 
 
+def is_current(device: torch.device) -> bool:
+    """Tell whether kernels start on this device as things are: it is no GPU, or the current one."""
+    return device.type != "cuda" or device.index == torch.cuda.current_device()
+
+
 def guard(x: Tensor) -> torch.cuda.device:
     """Return a context in which the GPU of x is the current one; elsewhere it does nothing."""
     return torch.cuda.device_of(x)

@@ -16,6 +16,7 @@ import os
 import pytest
 import torch
 
+from cassetta.functional import recordings
 from cassetta.kernels import boxes, dispatch, engines, evidence, plans
 
 pytest_plugins = ["budget"]
@@ -102,6 +103,7 @@ def _same_start(monkeypatch, tmp_path_factory):
     cache = tmp_path_factory.getbasetemp() / f"cache-{next(_numbers)}"  # made if it is needed
     monkeypatch.setenv(evidence.CACHE, str(cache))
     monkeypatch.setattr(dispatch, "_requested", None)
+    monkeypatch.setattr(recordings, "_known", {})
     monkeypatch.delenv(dispatch.ENVIRONMENT, raising=False)
     monkeypatch.delenv(dispatch.INTERPRET, raising=False)
 

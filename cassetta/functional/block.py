@@ -129,8 +129,10 @@ def evaluate(
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """`compute`, by its recording if there is one."""
 
-    def again(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        y, found = compute(plan, *tensors[:8], unflat([*tensors[8:], *given.numbers]))  # type: ignore
+    def again(*tensors: Any) -> Any:
+        x, x2, w, b, r, gamma, beta, weight, *rest = tensors
+        own = unflat([*rest, *given.numbers])
+        y, found = compute(plan, x, x2, w, b, r, gamma, beta, weight, own)
         return y, *found
 
     if torch.compiler.is_compiling() or _is_shared(plan):

@@ -43,29 +43,26 @@ def run(what: Any, function: tape.Function, tensors: Sequence[Tensor | None]) ->
         All that the function does depends on, beside the tensors and the settings.
     """
     first = tensors[0]
-    assert first is not None
-    if torch.compiler.is_compiling() or not _may_replay(first):
+    if torch.compiler.is_compiling() or first is None or not _may_replay(first):
         return function(*tensors)
     facts = [None if x is None else (x.shape, x.stride(), x.dtype, type(x)) for x in tensors]
     key = what, tuple(facts), first.device, first.data_ptr() % 16, _settings(first)
     found = _known.get(key)
-    if found is NEVER:
-        return function(*tensors)
-    if found is None:
-        _keep(key, SEEN if _are_plain(tensors) else NEVER)
-        return function(*tensors)
     with _unrounded(first):
         try:
-            if found is not SEEN:
+            if found is None:
+                _keep(key, SEEN if _are_plain(tensors) else NEVER)
+            elif found is SEEN:
+                _known[key], out = tape.record(function, *tensors)
+                return out
+            elif found is not NEVER:
                 return found(*tensors)
-            _known[key], out = tape.record(function, *tensors)
-            return out
         except tape.Unrecordable:
             _known[key] = NEVER
         except tape.Changed:  # recorded anew, once
             _known[key] = NEVER if key in _changed else SEEN
             _changed.add(key)
-    return function(*tensors)
+        return function(*tensors)
 
 
 def transform(
@@ -80,7 +77,7 @@ def transform(
     """
     s1, t1, act, p, q, slope, s2, t2 = prologue
 
-    def again(x: Tensor, *given: Tensor | None) -> tuple[Any, ...]:
+    def again(x: Tensor, *given: Any) -> Any:
         s1, t1, slope, s2, t2, *rest = given
         pending = Prologue(s1, t1, Activation(act, p, q), slope, s2, t2)
         made = getattr(ops, name)(x, pending, *rest, *numbers)
@@ -98,7 +95,7 @@ def _may_replay(x: Tensor) -> bool:
         and x.device.type == machine.kernels_on()
         and not dispatch.on_reference(x)
         and not plans.is_listening()
-        and (x.device.type == "cpu" or x.device.index == torch.cuda.current_device())
+        and machine.is_current(x.device)
         and not _are_hooked()
     )
 
