@@ -51,6 +51,11 @@ def is_current(device: torch.device) -> bool:
     return device.type != "cuda" or device.index == torch.cuda.current_device()
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Tell whether what is started on this device goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def guard(x: Tensor) -> torch.cuda.device:
     """Return a context in which the GPU of x is the current one; elsewhere it does nothing."""
     return torch.cuda.device_of(x)

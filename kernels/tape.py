@@ -157,8 +157,9 @@ class Tape(TorchDispatchMode):
         begins = [one for one in on if one.tensor.data_ptr() == x.data_ptr()]
         around = [one for one in on if _within(x, one.tensor)]
         self.twins |= {(same[0].name, one.name) for one in same[1:]}
-        for found in (same[:1], begins, around):
-            if len(found) == 1:
+        same = same[:1]
+        for found in (same, begins, around):
+            if len(found) == 1 and (found is same or len(around) == 1):
                 return found[0]
         raise Unrecordable("tensors that are given share their memory")
 
@@ -194,7 +195,9 @@ class _Writer:
         self.by_address = machine.is_gpu(self.device)  # an interpreter takes tensors
         self.returned = {tape.of(x).name for x in out if x is not None}
         self.launched = {tape.of(x).name for step in tape.steps for x in _read(step, Start)}
-        called = {tape.of(x).name for step in tape.steps for x in _read(step, Call)}
+        read = [(x, tape.of(x)) for step in tape.steps for x in _read(step, Call)]
+        called = {one.name for _, one in read}
+        self.viewed = {one.name for x, one in read if _form(x) != _form(one.tensor)}
         self.last: dict[str, int] = {}
         for n, step in enumerate(tape.steps):
             for x in _read(step):
@@ -280,7 +283,7 @@ class _Writer:
         names = [self.tape.of(x).name if isinstance(x, Tensor) else "_" for x in step.results]
         self.lines.append(f"{', '.join(names)}{',' * (len(func._schema.returns) > 1)} = {call}")
         for name, x in zip(names, step.results, strict=True):
-            if name in self.launched | self.returned:
+            if name in self.launched | self.returned | self.viewed:
                 changed = self._constant(Changed)
                 self.lines.append(f"if {name}.stride() != {x.stride()}: raise {changed}('layout')")
 

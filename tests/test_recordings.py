@@ -274,6 +274,35 @@ def test_what_does_not_hold_is_recorded_anew_once(kernels, monkeypatch):
     assert len(calls) == 4
 
 
+def test_gradients_of_many_outputs_at_once(kernels):
+    """Whose backward is of a tensor that stands for several, and has no address."""
+    net = ConvBlock(1, 2, 2, norm="instance").to(kernels)
+    x = torch.randn(1, 2, 6, device=kernels, requires_grad=True)
+    for _ in range(3):
+        out = net(x)
+        many = torch.randn(3, *out.shape, device=kernels)
+        with dispatch.use_backend("reference"):
+            plain = net(x)
+        (found,) = torch.autograd.grad(out, x, many, is_grads_batched=True)
+        (expected,) = torch.autograd.grad(plain, x, many, is_grads_batched=True)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_where_memory_is_short_nothing_is_recorded(monkeypatch):
+    """A tape frees nothing before its end; the general path, which does, may still fit."""
+    monkeypatch.setattr(recordings, "_may_replay", lambda x: True)
+
+    def short(*given):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(tape, "record", short)
+    x = torch.randn(1, 2, 6)
+    for _ in range(3):
+        (out,) = recordings.run("a test", lambda a: (a + 1,), (x,))
+        torch.testing.assert_close(out, x + 1)
+    assert [*recordings._known.values()] == [recordings.NEVER]
+
+
 def test_many_kinds_of_images_are_said_once(kernels, monkeypatch):
     """And no more of them are known than the limit allows."""
     monkeypatch.setattr(recordings, "LIMIT", 4)

@@ -10,6 +10,7 @@ functions, hooks of Triton's launches) or nothing can be recorded, and what a re
 
 import importlib
 import os
+import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cassetta.kernels import dispatch, evidence, machine, ops, plans, precision, tape
+from cassetta.kernels import dispatch, evidence, layout, machine, ops, plans, precision, tape
 from cassetta.kernels.types import Activation, Prologue
 
 ENVIRONMENT = "CASSETTA_RECORDINGS"
@@ -32,6 +33,7 @@ _enabled = os.environ.get(ENVIRONMENT, "1") != "0"
 _known: dict[Any, Any] = {}  # SEEN, NEVER, or what replays
 _changed: set[Any] = set()  # keys whose recording was found to hold no more
 _gone = 0
+_one_at_a_time = threading.Lock()
 
 
 def run(what: Any, function: tape.Function, tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
@@ -45,24 +47,38 @@ def run(what: Any, function: tape.Function, tensors: Sequence[Tensor | None]) ->
     first = tensors[0]
     if torch.compiler.is_compiling() or first is None or not _may_replay(first):
         return function(*tensors)
-    facts = [None if x is None else (x.shape, x.stride(), x.dtype, type(x)) for x in tensors]
-    key = what, tuple(facts), first.device, first.data_ptr() % 16, _settings(first)
+    if not _are_plain(tensors):
+        return function(*tensors)
+    facts = tuple([None if x is None else _facts(x) for x in tensors])
+    key = what, facts, first.data_ptr() % 16, _settings(first)
     found = _known.get(key)
     with _unrounded(first):
         try:
             if found is None:
-                _keep(key, SEEN if _are_plain(tensors) else NEVER)
+                _keep(key, SEEN)
             elif found is SEEN:
-                _known[key], out = tape.record(function, *tensors)
-                return out
+                if not machine.is_capturing(first.device):  # it would keep what recording takes
+                    replay, out = tape.record(function, *tensors)
+                    _keep(key, replay)
+                    return out
             elif found is not NEVER:
                 return found(*tensors)
         except tape.Unrecordable:
-            _known[key] = NEVER
+            _keep(key, NEVER)
         except tape.Changed:  # recorded anew, once
-            _known[key] = NEVER if key in _changed else SEEN
+            _keep(key, NEVER if key in _changed else SEEN)
             _changed.add(key)
+        except torch.OutOfMemoryError:  # a tape frees nothing before its end
+            if found is not SEEN:
+                raise
+            _keep(key, NEVER)
         return function(*tensors)
+
+
+def _facts(x: Tensor) -> tuple[Any, ...]:
+    """All of a tensor that what is done to it depends on, but for its values and its address."""
+    words = x.ndim > 2 and x.shape[1] % layout.WORD != 0 and layout.is_in_words(x)
+    return x.shape, x.stride(), x.dtype, x.device, words
 
 
 def transform(
@@ -90,12 +106,15 @@ def _may_replay(x: Tensor) -> bool:
     """Tell whether nobody looks at what is done on the way, and kernels do it."""
     return (
         _enabled
+        and x.numel() > 0
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and x.device.type == machine.kernels_on()
         and not dispatch.on_reference(x)
         and not plans.is_listening()
         and machine.is_current(x.device)
+        and torch._C._functorch.maybe_current_level() is None  # pyright: ignore
+        and torch._C._has_storage(x)  # which one that stands for several has not
         and not _are_hooked()
     )
 
@@ -113,9 +132,10 @@ def _are_plain(tensors: Sequence[Tensor | None]) -> bool:
 def _keep(key: Any, value: Any) -> None:
     """Keep a key; the oldest one gives way, and where that happens often it is said."""
     global _gone
-    if len(_known) >= LIMIT:
-        oldest = next(iter(_known))
-        _known.pop(oldest, None)
+    if len(_known) >= LIMIT and key not in _known:
+        with _one_at_a_time:
+            oldest = next(iter(_known))
+            del _known[oldest]
         _changed.discard(oldest)
         _gone += 1
         if _gone == 4 * LIMIT:
@@ -125,7 +145,8 @@ def _keep(key: Any, value: Any) -> None:
                 "sizes",
                 stacklevel=2,
             )
-    _known[key] = value
+    with _one_at_a_time:
+        _known[key] = value
 
 
 def _unrounded(x: Tensor) -> Any:
@@ -138,8 +159,9 @@ def _unrounded(x: Tensor) -> Any:
 
 def _are_hooked() -> bool:
     """Tell whether somebody is told of Triton's launches."""
-    hook = _runtime().launch_enter_hook
-    return bool(getattr(hook, "calls", hook))
+    runtime = _runtime()
+    hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return any(getattr(hook, "calls", hook) for hook in hooks)
 
 
 def _runtime() -> Any:
