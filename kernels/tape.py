@@ -124,8 +124,7 @@ class Tape(TorchDispatchMode):
                 where = one.untyped_storage()._cdata
                 self.entries.setdefault(where, Entry(f"t{len(self.entries)}", one, kind))
         if kind == "made":
-            if results[0].untyped_storage().nbytes():
-                self.steps.append(self.of(results[0]))
+            self.steps.append(self.of(results[0]))
         elif len(self.entries) > known or func._schema.is_mutable:
             self.steps.append(Call(func, args, kwargs, results))
         return out

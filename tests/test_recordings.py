@@ -336,6 +336,20 @@ def test_what_cannot_be_repeated_is_refused():
         tape.record(lambda a, b: (pair[1:2, 2:3] + 1,), pair[:, :3], pair[:, 1:])
 
 
+def test_what_is_empty_is_allocated_too():
+    """As the channels of a second image are, where all are of the first."""
+
+    def function(x):
+        none = torch.empty(0, 3)
+        return (torch.cat((none, x)), none)
+
+    x, y = torch.randn(2, 3), torch.randn(2, 3)
+    replay, _ = tape.record(function, x)
+    out, none = replay(y)
+    torch.testing.assert_close(out, y)
+    assert none.shape == (0, 3)
+
+
 def test_a_tensor_that_was_two_is_noticed():
     """Of one tensor that was given twice, two are told apart, and never mistaken for one."""
     x, y = torch.randn(3), torch.randn(3)
