@@ -216,7 +216,7 @@ def _why_not_plain(x: Tensor) -> str | None:
         return "torch.func transforms need plain operations"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode derivatives need plain operations"
-    if not torch.compiler.is_compiling() and type(x) not in _PLAIN and not _is_fake(x):
+    if not torch.compiler.is_compiling() and type(x) not in PLAIN and not _is_fake(x):
         return f"the image is a {type(x).__name__}, not a plain tensor"
     return "the image is complex" if x.is_complex() else None
 
@@ -274,7 +274,7 @@ def why_too_large(size: Sequence[int]) -> str | None:
     return None
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _is_fake(x: Tensor) -> bool:

@@ -153,13 +153,10 @@ class Tape(TorchDispatchMode):
             return on[0]
         kind = x.data_ptr(), x.shape, x.stride()
         same = [one for one in on if (one.tensor.data_ptr(), *_form(one.tensor)) == kind]
-        begins = [one for one in on if one.tensor.data_ptr() == x.data_ptr()]
         around = [one for one in on if _within(x, one.tensor)]
         self.twins |= {(same[0].name, one.name) for one in same[1:]}
-        same = same[:1]
-        for found in (same, begins, around):
-            if len(found) == 1 and (found is same or len(around) == 1):
-                return found[0]
+        if same or len(around) == 1:
+            return (same or around)[0]
         raise Unrecordable("tensors that are given share their memory")
 
     def _on_given(self, x: Tensor) -> list[Entry]:

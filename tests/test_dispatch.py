@@ -99,7 +99,7 @@ class Image:
 
 
 def why(monkeypatch, **image):
-    monkeypatch.setattr(dispatch, "_PLAIN", (Image,))
+    monkeypatch.setattr(dispatch, "PLAIN", (Image,))
     return why_reference(Image(**image))
 
 

@@ -178,7 +178,7 @@ def expanded(image):
 
 
 IMAGES = [lambda x: x, last, inside, expanded, lambda x: x[..., :-1], lambda x: x[:1]]
-DTYPES = [None, None, torch.bfloat16, torch.float16]
+DTYPES = [None, None, None, torch.float16]  # (the interpreter computes bfloat16 wrongly)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -196,23 +196,21 @@ def test_whatever_changes_nothing_stale_runs(seed, kernels, engine):
     )  # fmt: skip
     net = net.to(kernels)
     twin = copy.deepcopy(net)
-    changes, images = [*CHANGES], IMAGES * 2
+    # all changes and kinds of images are met by the seeds together
+    changes = [[*CHANGES][(2 * seed + n) % len(CHANGES)] for n in range(3)]
+    images = [IMAGES[(4 * seed + n) % len(IMAGES)] for n in range(4)]
     draw.shuffle(changes)
     draw.shuffle(images)
-    for change in ["", *changes[:3]]:
+    for change in ["", *changes]:
         for one in (net, twin):
             CHANGES.get(change, lambda net: None)(one)
-        for make in images[:1]:
-            image = make(torch.randn(2, 4, 25, device=kernels)).detach()
-            image.requires_grad_(draw.random() < 0.7)
-            dtype = draw.choice(DTYPES)
-            if dtype is torch.bfloat16:
-                dtype = None  # which the interpreter computes wrongly
-            for _ in range(3):
-                found = step(net, image, dtype)
-                with general():
-                    assert_same(found, step(twin, image, dtype))
-        images = images[1:] + images[:1]
+        image = images.pop()(torch.randn(2, 4, 25, device=kernels)).detach()
+        image.requires_grad_(draw.random() < 0.7)
+        dtype = draw.choice(DTYPES)
+        for _ in range(3):
+            found = step(net, image, dtype)
+            with general():
+                assert_same(found, step(twin, image, dtype))
     assert replays()
 
 

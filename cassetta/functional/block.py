@@ -12,7 +12,6 @@ in it, so those of several readers add up as it does, as the gradient of a secon
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -163,7 +162,7 @@ def compute(
         )
         engine, geometry, transposed = plan.product
         run = ENGINES[engine]
-        with unrounded(x):
+        with recordings.unrounded(x):
             if transposed:
                 y = run.transposed(x, p, w, b, geometry, epilogue, r)
             else:
@@ -286,7 +285,7 @@ def _through_product(
     run, (x, p, _) = ENGINES[engine], images[0]
     to_w, to_b = needs[2:]
     grads: list[Tensor | None] = [None] * 6
-    with unrounded(g):
+    with recordings.unrounded(g):
         if transposed:  # as of the convolution whose image is g, and whose gradient z
             if to_w:
                 z = built(x, p, w.dtype)
@@ -309,11 +308,3 @@ def _through_product(
             grads[5] = db if n == 0 else grads[5]
         grads[4] = shares[0] if len(shares) == 1 or not to_w else torch.cat(shares, 1)
     return grads
-
-
-def unrounded(x: Tensor) -> AbstractContextManager:
-    """Return a context in which autocast rounds nothing: operands have their dtype already."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()

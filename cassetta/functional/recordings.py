@@ -13,14 +13,14 @@ import os
 import threading
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cassetta.kernels import dispatch, evidence, layout, machine, ops, plans, precision, tape
-from cassetta.kernels.types import Activation, Prologue
+from cassetta.kernels.types import Activation, together
 
 ENVIRONMENT = "CASSETTA_RECORDINGS"
 """Set to 0, it leaves everything to the general path: to find out whether a recording is wrong."""
@@ -52,7 +52,7 @@ def run(what: Any, function: tape.Function, tensors: Sequence[Tensor | None]) ->
     facts = tuple([None if x is None else _facts(x) for x in tensors])
     key = what, facts, first.data_ptr() % 16, _settings(first)
     found = _known.get(key)
-    with _unrounded(first):
+    with unrounded(first):
         try:
             if found is None:
                 _keep(key, SEEN)
@@ -81,6 +81,14 @@ def _facts(x: Tensor) -> tuple[Any, ...]:
     return x.shape, x.stride(), x.dtype, x.device, words
 
 
+def unrounded(x: Tensor) -> AbstractContextManager:
+    """Return a context in which autocast rounds nothing: operands have their dtype already."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
 def transform(
     name: str, x: Tensor, prologue: Sequence[Any], others: Sequence[Tensor | None], *numbers: Any
 ) -> tuple[Any, ...]:
@@ -94,9 +102,8 @@ def transform(
     s1, t1, act, p, q, slope, s2, t2 = prologue
 
     def again(x: Tensor, *given: Any) -> Any:
-        s1, t1, slope, s2, t2, *rest = given
-        pending = Prologue(s1, t1, Activation(act, p, q), slope, s2, t2)
-        made = getattr(ops, name)(x, pending, *rest, *numbers)
+        pending = together(given[:5], Activation(act, p, q))
+        made = getattr(ops, name)(x, pending, *given[5:], *numbers)
         return (made,) if isinstance(made, Tensor) else made
 
     return run((name, act, p, q, numbers), again, (x, s1, t1, slope, s2, t2, *others))
@@ -114,7 +121,7 @@ def _may_replay(x: Tensor) -> bool:
         and not plans.is_listening()
         and machine.is_current(x.device)
         and torch._C._functorch.maybe_current_level() is None  # pyright: ignore
-        and torch._C._has_storage(x)  # which one that stands for several has not
+        and torch._C._has_storage(x)  # a batched tensor has none
         and not _are_hooked()
     )
 
@@ -126,7 +133,7 @@ def _settings(x: Tensor) -> tuple[Any, ...]:
 
 
 def _are_plain(tensors: Sequence[Tensor | None]) -> bool:
-    return all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+    return all(x is None or type(x) in dispatch.PLAIN for x in tensors)
 
 
 def _keep(key: Any, value: Any) -> None:
@@ -147,14 +154,6 @@ def _keep(key: Any, value: Any) -> None:
             )
     with _one_at_a_time:
         _known[key] = value
-
-
-def _unrounded(x: Tensor) -> Any:
-    """Return a context in which autocast rounds nothing: what is recorded has its dtypes."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
 
 
 def _are_hooked() -> bool:

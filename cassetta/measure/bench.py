@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from cassetta.measure import passes, peers, roofs, rows
+from cassetta.measure import correct, passes, peers, roofs, rows
 from cassetta.measure.cases import Case
 from cassetta.measure.rows import Row
 from cassetta.measure.spending import Budget, OutOfTime
@@ -87,7 +87,7 @@ def run(
     """
     budget, complete = budget or Budget(plan.budget), True
     known = rows.facts(plan.device)
-    with _tuned():
+    with correct.searching(True):  # for every rival, as trainers have it
         for group in groups(plan):
             path = rows.path_of(plan.out, group.case.group, known)
             have = set() if plan.again else rows.done(rows.read([path]), known)
@@ -189,17 +189,6 @@ def _recording(into: list[Row], when: str = "") -> Iterator[None]:
         for row in into:
             row["error"] = when + why
         _free()
-
-
-@contextlib.contextmanager
-def _tuned() -> Iterator[None]:
-    """cuDNN chooses its algorithms by trying them, for every rival, as trainers have it do."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def _free() -> None:

@@ -56,15 +56,15 @@ def truth(
 ) -> list[Tensor]:
     """`results` of plain PyTorch in float32, without TF32."""
     image = image.detach().float().requires_grad_(image.requires_grad)
-    with precision.use("ieee"), untried():
+    with precision.use("ieee"), searching(False):  # what is computed once
         return results(plain, parameters, image, seed, torch.float32)
 
 
 @contextlib.contextmanager
-def untried() -> Iterator[None]:
-    """Let cuDNN take an algorithm by rule: what is computed once is not worth trying them all."""
+def searching(tries: bool) -> Iterator[None]:
+    """Let cuDNN try all its algorithms for each convolution, or take one by rule, in a block."""
     cudnn = torch.backends.cudnn
-    before, cudnn.benchmark = cudnn.benchmark, False
+    before, cudnn.benchmark = cudnn.benchmark, tries
     try:
         yield
     finally:

@@ -165,7 +165,7 @@ class NetworkStage:
 
     def _seed(self, image: Tensor) -> Tensor:
         """A random gradient of the output, whose sums over voxels stay far from fp16's limits."""
-        with torch.no_grad(), correct.untried():
+        with torch.no_grad(), correct.searching(False):
             out = twins.plain(self.net)(image.float())
         return torch.randn_like(out, dtype=torch.float32) / math.sqrt(math.prod(out.shape[2:]))
 
