@@ -447,3 +447,21 @@ def test_an_engine_without_a_kernel_for_a_block_is_not_timed(monkeypatch, kernel
     row = tune(block, torch.randn(1, 4, 6, 5, device=kernels))[-1]
     assert row.choice != "gemm"
     assert "gemm refused: our own convolutions have no groups, and this one has 2" in row.evidence
+
+
+@pytest.mark.parametrize(("activation", "kinked"), [("ReLU", True), ("SiLU", False)])
+def test_only_kinks_excuse_gradients_of_a_deep_network(activation, kinked):
+    """And no more than what rounding to the other side of 0 makes of some; never an output."""
+    assert agreement.has_kinks(MeshNet(1, 2, nb_layers=2, activation=activation)) is kinked
+    one = torch.ones(100)
+
+    def judged(output, gradient):
+        steps = [
+            agreement.Step(("output", agreement.IMAGE), pair)
+            for pair in ((output, gradient), (one, one), (one, one))
+        ]
+        return agreement.judge(*steps, deep=True, kinked=kinked)
+
+    assert (judged(one, 1.01 * one) is None) is kinked
+    assert "its gradient is off by 0.02" in judged(one, 1.02 * one)
+    assert "its output is off by 0.01" in judged(1.01 * one, one)

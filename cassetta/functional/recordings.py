@@ -57,7 +57,7 @@ def run(what: Any, function: tape.Function, tensors: Sequence[Tensor | None]) ->
             if found is None:
                 _keep(key, SEEN)
             elif found is SEEN:
-                if not machine.is_capturing(first.device):  # it would keep what recording takes
+                if not machine.is_capturing(first.device):  # whose graph would keep the memory
                     replay, out = tape.record(function, *tensors)
                     _keep(key, replay)
                     return out

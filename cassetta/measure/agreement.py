@@ -12,7 +12,7 @@ of a bias before a norm) nothing but rounding is left.
 In a deep network the largest error is chance: a value that rounds to the other side of 0, before
 a ReLU, changes the gradient of its voxel altogether. There the Euclidean norm of the error counts,
 and all gradients are one vector; in float32, where so few values do so that plain PyTorch's own
-error may have none, gradients have a slack for some (`FLIPS`).
+error may have none, gradients of networks that have such kinks have a slack for some (`FLIPS`).
 
 Where a sample has 2^31 elements or more, plain PyTorch itself convolves in slabs
 (`kernels.reference`), because cuDNN is no truth there; and what is compared is so everywhere.
@@ -134,7 +134,17 @@ def disagreement(
             precise = copy.deepcopy(net).to(dtype)
             exact = [image.to(dtype) for image in images]
             truth = step(precise, exact, training, "reference")
-    return judge(ours, same, truth, deep)
+    return judge(ours, same, truth, deep, kinked=has_kinks(net))
+
+
+def has_kinks(net: nn.Module) -> bool:
+    """Tell whether a slope in the network jumps, so that rounding may change it altogether."""
+    return any(isinstance(module, _KINKED) for module in net.modules())
+
+
+_KINKED = (
+    nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Hardswish, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d,
+)  # fmt: skip
 
 
 def attempt(run: Callable[[], Any]) -> Any | str:
@@ -289,11 +299,13 @@ PRODUCTS = {
 
 
 def judge(
-    ours: Step, same: Step, truth: Step, deep: bool = False, slack: float | None = None
-) -> str | None:
+    ours: Step, same: Step, truth: Step, deep: bool = False, slack: float | None = None,
+    kinked: bool = False,
+) -> str | None:  # fmt: skip
     """Why `ours` is not as good as `same`, by the rule above; None if it is.
 
-    `slack` is that of a network, or of a product, in the dtype of `ours`, if nothing else is said.
+    `slack` is that of a network, or of a product, in the dtype of `ours`, if nothing else is said;
+    `kinked` tells of a network that `has_kinks`.
     """
     if ours.names != truth.names:
         missing = set(truth.names) ^ set(ours.names)
@@ -305,7 +317,8 @@ def judge(
         slack = slack_of(ours.tensors[0])
     errors = _summed if deep else _each
     for name, (off, usual) in errors(ours, same, truth).items():
-        flips = FLIPS if deep and name != "output" and slack >= SLACK[torch.float32] else 0.0
+        is_chance = deep and kinked and name != "output" and slack >= SLACK[torch.float32]
+        flips = FLIPS if is_chance else 0.0
         allowed = 2 * usual + max(slack, flips)
         if not off <= allowed:  # nor is NaN
             return f"its {name} is off by {off:.2g} of its size, where {allowed:.2g} is allowed"

@@ -22,6 +22,8 @@ class Expected(NamedTuple):
 
     truth: list[Tensor]  # in float32
     same: list[Tensor]  # in the dtype and the layout that are timed
+    slack: float | None = None  # as `agreement.judge` takes it; None of a network
+    kinked: bool = False  # that its network `has_kinks`
 
 
 def results(
@@ -83,7 +85,7 @@ def agrees(ours: Sequence[Tensor], known: Expected) -> str | None:
     """
     names = ("output", *(f"gradient {n}" for n in range(1, len(ours))))
     steps = (Step(names, tuple(one)) for one in (ours, known.same, known.truth))
-    return agreement.judge(*steps, deep=True)
+    return agreement.judge(*steps, deep=True, slack=known.slack, kinked=known.kinked)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from torch import Tensor
 from cassetta.kernels import dispatch, ops, reference
 from cassetta.kernels.examples import Sample
 from cassetta.kernels.types import Activation, Prologue
-from cassetta.measure.agreement import PLANNED, cast
+from cassetta.measure.agreement import PLANNED, SLACK, cast
 from cassetta.measure.correct import Expected
 from cassetta.measure.peers import Rival, as_it_is
 
@@ -61,7 +61,8 @@ class Work(NamedTuple):
         """What plain PyTorch computes of the first image."""
         own = self.given(what)[0]
         run = getattr(reference, what)
-        return Expected(tensors(run(*cast(own, torch.float32))), tensors(run(*own)))
+        truth, same = tensors(run(*cast(own, torch.float32))), tensors(run(*own))
+        return Expected(truth, same, SLACK[same[0].dtype])
 
     def moved(self, what: str, engine: str, result: Any) -> int:
         """Bytes of the images that a run reads and writes, each once."""

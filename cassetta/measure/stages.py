@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cassetta.measure import correct, passes, roofs, twins
+from cassetta.measure.agreement import has_kinks
 from cassetta.measure.cases import Case
 from cassetta.measure.passes import in_memory, tensors
 from cassetta.measure.peers import Rival, in_layout, mode_of
@@ -160,7 +161,8 @@ class NetworkStage:
             own = in_layout(copy.deepcopy(self.net), layout, self.task.case.ndim)
             what = twins.plain(own), [*own.parameters()], self.images[layout][0], self.seed
             truth = known[layouts[0]].truth if known else correct.truth(*what)
-            known[layout] = correct.Expected(truth, correct.results(*what, self.task.dtype))
+            same, kinked = correct.results(*what, self.task.dtype), has_kinks(own)
+            known[layout] = correct.Expected(truth, same, kinked=kinked)
         return known
 
     def _seed(self, image: Tensor) -> Tensor:
