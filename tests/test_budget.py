@@ -21,12 +21,16 @@ __version__ = os.environ["VERSION"]
 class cuda:
     is_available = staticmethod(lambda: False)
     is_initialized = staticmethod(lambda: True)
-    is_lost = False
+    lost = ""
 
     @classmethod
     def synchronize(cls):
-        if cls.is_lost:
+        if cls.lost == "kernel":
             raise RuntimeError("an illegal memory access was encountered")
+
+def rand(*size, device):
+    if cuda.lost == "capture":
+        raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
 """
 TESTS = """
 import pytest
@@ -76,10 +80,10 @@ LOST = """
 import torch
 
 def test_breaks():
-    torch.cuda.is_lost = True
+    torch.cuda.lost = "{by}"
     assert False
 
-def test_after(): assert not torch.cuda.is_lost
+def test_after(): assert not torch.cuda.lost
 """
 WORKERS = [0, pytest.param(2, marks=pytest.mark.skipif(not HAS_XDIST, reason="needs xdist"))]
 
@@ -159,9 +163,10 @@ def test_a_test_that_outlasts_the_budget_is_left(run):
     assert "the budget of 1000 s is spent, 1 tests are left: --resume goes on" in out
 
 
-def test_a_gpu_that_is_lost_is_not_used_again(run):
+@pytest.mark.parametrize("by", ["kernel", "capture"])
+def test_a_gpu_that_is_lost_is_not_used_again(run, by):
     """Whatever follows such an error in a process fails by it, and would hide what was wrong."""
-    (run.folder / "test_lost.py").write_text(LOST)
+    (run.folder / "test_lost.py").write_text(LOST.format(by=by))
     code, out, _ = run("test_lost.py")
     assert code == 1
     assert "1 tests failed" in out
