@@ -183,7 +183,8 @@ def _conv_kernel(
     if mean_ptr is not None:
         slope = tl.zeros((1, BLOCK_N), tl.float32)
         value = tile.activation(value, m_p, m_q, slope, M_ACT)
-        count = _leave_moments(value, inside, k < K, mean_ptr + chunk, m2_ptr + chunk)
+        alone = outs * tiles == 1
+        count = _leave_moments(value, inside, k < K, mean_ptr + chunk, m2_ptr + chunk, alone)
         tl.store(count_ptr + out * tiles + tile_m, count, mask=n + k0 == 0)
 
 
@@ -216,16 +217,19 @@ def _leave_sums(
 
 
 @triton.jit
-def _leave_moments(value, inside, wanted, mean_out, m2_out):
+def _leave_moments(value, inside, wanted, mean_out, m2_out, alone):
     """The mean of each channel of a tile, and the sum of squared deviations from it.
 
-    Returns the number of its voxels.
+    Of a tile that is alone, their mean: the variance. Returns the number of voxels.
     """
     count = tl.sum(inside.to(tl.float32), 0)
     mean = tl.sum(tl.where(inside[:, None], value, 0.0), 0) / count
     apart = tl.where(inside[:, None], value - mean[None, :], 0.0)
     tl.store(mean_out, mean, mask=wanted)
-    tl.store(m2_out, tl.sum(apart * apart, 0), mask=wanted)
+    spread = tl.sum(apart * apart, 0)
+    if alone:
+        spread /= count
+    tl.store(m2_out, spread, mask=wanted)
     return count
 
 
@@ -328,7 +332,7 @@ def run(
         WIDE=tile.is_wide(*images), PRECISION=precision.of(w.dtype),
     )  # fmt: skip
     if sums is not None:
-        return sums.sum(2), sums.new_empty(0)
+        return reductions.added(sums, 2), sums.new_empty(0)
     if moments_of is None:
         return x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
     mean, var = reductions.combine(*parts)

@@ -152,6 +152,13 @@ def choose(
     return found or _by_rule(x)
 
 
+def settings() -> tuple[Any, ...]:
+    """Return all of this process that `choose` depends on, beside the GPU."""
+    levels = torch._C._functorch.maybe_current_level(), torch.autograd.forward_ad._current_level
+    asked = _forced, backend(), _on_reference_passes, SMALL
+    return *asked, evidence.changes, machine.kernels_on(), *levels
+
+
 def _without_measurement(x: Tensor, why: str | None = None) -> Choice | None:
     """Where there is no choice, or it was made by the caller."""
     why = why or (_why_not_plain(x) if _on_reference_passes else _why_no_kernel(x))

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+_CONV: Any = getattr(torch.backends.cudnn, "conv", None)  # since torch 2.9
+
 
 def of(dtype: torch.dtype) -> str:
     """How products of this dtype are rounded; of half precision the answer says nothing."""
@@ -19,8 +21,7 @@ def of(dtype: torch.dtype) -> str:
 
 def of_convolutions() -> str:
     """Of float32, as torch was told."""
-    cudnn = torch.backends.cudnn
-    how = cudnn.conv.fp32_precision if hasattr(cudnn, "conv") else cudnn.allow_tf32
+    how = torch.backends.cudnn.allow_tf32 if _CONV is None else _CONV.fp32_precision
     return "tf32" if how in ("tf32", True) else "ieee"
 
 

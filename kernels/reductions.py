@@ -1,7 +1,8 @@
 """Sums and statistics over the voxels of each channel of each sample, in two ordered stages.
 
 Each program of the first stage visits one chunk of voxels and leaves one partial result; the second
-stage combines the chunks in their order. No atomics: the same input gives the same bits.
+stage combines the chunks in their order. No atomics: the same input gives the same bits. Of a
+single chunk, as small images are, the partial result is the result.
 
 Statistics are running means and squared deviations, one per lane, merged by the formula of Chan et
 al. (1979); never E[x^2] - E[x]^2, which cancels. What is added up are squares: in Welford's
@@ -61,6 +62,8 @@ def _moments_kernel(
     whole = tl.sum(mean * count, 0) / total
     apart = mean - whole[None, :]
     spread = tl.sum(m2 + count * apart * apart, 0)
+    if chunks == 1:
+        spread /= total  # the variance
     out = (n * chunks + chunk) * C + c
     tl.store(mean_ptr + out, whole, mask=c < C)
     tl.store(m2_ptr + out, spread, mask=c < C)
@@ -106,10 +109,11 @@ def _combine_kernel(
 def combine(means: Tensor, m2s: Tensor, counts: Tensor) -> Moments:
     """The moments of images from means and squared deviations of their chunks (N, chunks, C).
 
-    `counts` (chunks,) says of how many voxels each chunk is, in float32.
+    `counts` (chunks,) says of how many voxels each chunk is, in float32. Of a single chunk, what is
+    given is the variance.
     """
     n, chunks, c = means.shape
-    while True:
+    while chunks > 1:
         config = configs.over_chunks(n, chunks, c)
         *out, some = partial(n, config.chunks, c, means.device)
         tile.launch(
@@ -117,9 +121,13 @@ def combine(means: Tensor, m2s: Tensor, counts: Tensor) -> Moments:
             means, m2s, counts, *out, some, c, chunks, config.loops * config.block_v,
             config.chunks, config.c_blocks, LAST=config.chunks == 1,
         )  # fmt: skip
-        if config.chunks == 1:
-            return Moments(out[0][:, 0], out[1][:, 0])
         (means, m2s), counts, chunks = out, some, config.chunks
+    return Moments(means[:, 0], m2s[:, 0])
+
+
+def added(parts: Tensor, dim: int) -> Tensor:
+    """The sum along a dimension, in a fixed order; of a single part, the part."""
+    return parts.select(dim, 0) if parts.shape[dim] == 1 else parts.sum(dim)
 
 
 def partial(n: int, chunks: int, c: int, device: torch.device) -> list[Tensor]:
@@ -220,4 +228,4 @@ def prologue_sums(
         ACT=p.activation.name, AFTER=after, WIDE=tile.is_wide(g, x),
         WORDS=tile.in_words(g, x),
     )  # fmt: skip
-    return out.sum(2)
+    return added(out, 2)

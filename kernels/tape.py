@@ -164,18 +164,23 @@ class Tape(TorchDispatchMode):
         return [one for one in self.given if one.tensor.untyped_storage()._cdata == where]
 
 
-def record(function: Function, *given: Tensor | None) -> tuple[Function, tuple[Any, ...]]:
+def record(function: Function, *given: Tensor | None) -> tuple[Function | None, tuple[Any, ...]]:
     """Run a function of tensors once; return its recording, and what it returned now.
+
+    There is no recording where it was found, after it had run, that none can repeat it.
 
     Raises
     ------
     Unrecordable
-        If it does what no recording can repeat.
+        If that was found before it had come to its end.
     """
     tape = Tape(given)
     with torch.no_grad(), tape:
         out = function(*given)
-    return _Writer(tape, out).function(), out
+    try:
+        return _Writer(tape, out).function(), out
+    except Unrecordable:
+        return None, out
 
 
 class _Writer:
@@ -185,6 +190,7 @@ class _Writer:
         self.tape, self.out = tape, out
         self.lines: list[str] = []
         self.known: dict[str, Any] = {}  # what the code names
+        self.writes = False  # to what was given: from then on nothing may raise
         self.pointers: set[str] = set()
         everything = [*tape.given, *tape.entries.values()]
         self.device = everything[0].tensor.device
@@ -224,8 +230,9 @@ class _Writer:
             ]  # fmt: skip
             if gone:
                 self.lines.append(f"del {', '.join(gone)}")
-        found = "".join("None, " if x is None else f"{self._result(x)}, " for x in self.out)
-        self.lines.append(f"return {found}")
+        image, *others = self.out
+        found = [self._result(image), *map(self._argument, others)]
+        self.lines.append(f"return {', '.join(found)},")
         given = ", ".join(f"a{n}" for n in range(self.tape.nb_given))
         body = "".join(f"    {line}\n" for line in self.lines)
         exec(compile(f"def replay({given}):\n{body}", "<recording>", "exec"), self.known)
@@ -275,11 +282,14 @@ class _Writer:
         call = f"{self._constant(_QUICKER.get(func, func))}({', '.join(given)})"
         if func._schema.is_mutable:  # what is changed has its name
             self.lines.append(call)
+            self.writes |= self.tape.of(step.args[0]).kind == "given"
             return
         names = [self.tape.of(x).name if isinstance(x, Tensor) else "_" for x in step.results]
         self.lines.append(f"{', '.join(names)}{',' * (len(func._schema.returns) > 1)} = {call}")
         for name, x in zip(names, step.results, strict=True):
             if name in self.launched | self.returned | self.viewed:
+                if self.writes:
+                    raise Unrecordable("it goes on after it has changed what was given")
                 changed = self._constant(Changed)
                 self.lines.append(f"if {name}.stride() != {x.stride()}: raise {changed}('layout')")
 
@@ -324,8 +334,10 @@ class _Writer:
         view = self._constant(torch.as_strided)
         return f"{view}({one.name}, {tuple(x.shape)}, {x.stride()}, {begin})"
 
-    def _result(self, x: Tensor) -> str:
-        """Write what is returned: an image is no view, for users may change it in place."""
+    def _result(self, x: Tensor | None) -> str:
+        """Write what is returned first: an image is no view, for users may change it in place."""
+        if x is None:
+            return "None"
         name, one = self._tensor(x), self.tape.of(x)
         if name == one.name or one.kind == "given" or x.ndim < 3:
             return name

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 import cassetta
 from cassetta.backbones import ATrousNet, ConvEncoder, MeshNet, UNet
 from cassetta.functional import Deferred, defer, materialize, recordings
-from cassetta.functional.norm import Pool
+from cassetta.functional.norm import Normalization, Pool
 from cassetta.kernels import dispatch, ops
 from cassetta.kernels.types import Activation
 from cassetta.layers import ChannelDropout, ConvBlock, ConvGroup, ModuleSum, fusing
@@ -206,7 +206,7 @@ def test_every_word_of_steps_equals_doing_it_at_once():
     gamma, beta = torch.randn(2, 4, dtype=torch.float64)
     factor = (torch.rand(3, 4, dtype=torch.float64) > 0.2).double() / 0.8
     steps = {
-        "n": lambda x: x.normalized(gamma, beta, 1e-5, Pool("group", 2)),
+        "n": lambda x: x.normalized(Normalization(gamma, beta, 1e-5, Pool("group", 2))),
         "d": lambda x: x.scaled(factor),
         "a": lambda x: x.activated(Activation("silu")),
         "r": lambda x: x.activated(Activation("relu")),
@@ -274,7 +274,7 @@ def test_our_convolutions_take_the_sums_along():
     with dispatch.fused_on_reference(), dispatch.use_engine("gemm"):
         hidden = defer(inp).activated(Activation("relu"))
         gamma, beta = torch.ones(2, 8, requires_grad=True).unbind()
-        hidden = hidden.normalized(gamma, beta, 1e-5, Pool("batch"))
+        hidden = hidden.normalized(Normalization(gamma, beta, 1e-5, Pool("batch")))
         with Counted() as counted:
             out = net[0].defer(hidden).z() + materialize(hidden)
             out.sum().backward()

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cassetta.functional import defer, max_pool
-from cassetta.functional.norm import Pool
+from cassetta.functional.norm import Normalization, Pool
 from cassetta.kernels import dispatch, layout, reference, tile
 from cassetta.kernels.types import NOTHING, Activation, Prologue
 
@@ -197,9 +197,8 @@ def test_offsets_beyond_31_bits(kernels, monkeypatch):
 
 def pending(x, gamma, beta, slope):
     """Norm and PReLU, to be applied by whoever reads."""
-    return defer(x).normalized(gamma, beta, 1e-5, Pool("group", 2)).activated(
-        Activation("prelu"), slope
-    )  # fmt: skip
+    norm = Normalization(gamma, beta, 1e-5, Pool("group", 2))
+    return defer(x).normalized(norm).activated(Activation("prelu"), slope)
 
 
 @pytest.mark.parametrize("case", ["21 channels, ragged", "two axes", "one axis"])

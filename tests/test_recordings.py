@@ -16,7 +16,7 @@ from torch import nn
 from cassetta.backbones import ATrousNet, MeshNet, UNet
 from cassetta.functional import recordings
 from cassetta.kernels import dispatch, plans, tape
-from cassetta.layers import ConvBlock, ConvGroup
+from cassetta.layers import ConvBlock, ConvGroup, fusing
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 GPU = torch.cuda.is_available()  # whose libraries may add up in another order each time
@@ -24,10 +24,11 @@ GPU = torch.cuda.is_available()  # whose libraries may add up in another order e
 
 @contextlib.contextmanager
 def general():
-    """Nothing is recorded or replayed in a `with` block."""
+    """Nothing is recorded or replayed in a `with` block, nor is any decision recalled."""
     recordings._enabled = False
     try:
-        yield
+        with fusing.listening(training=True):
+            yield
     finally:
         recordings._enabled = True
 
@@ -144,6 +145,16 @@ def another_eps(net):
             module.eps *= 3
 
 
+def activated(net):
+    for block in net:
+        block.activation = nn.Hardswish()
+
+
+def without_bias(net):
+    for block in net:
+        block.conv.bias = None
+
+
 def hooked(net):
     next(m for m in net.modules() if isinstance(m, ConvBlock)).conv.register_forward_hook(
         lambda module, inputs, out: out * 2
@@ -156,6 +167,9 @@ CHANGES = {
     "requires_grad is flipped": flipped,
     "eps": another_eps,
     "a hook": hooked,
+    "another activation": activated,
+    "a layer is appended": lambda net: net[0].append(nn.Tanh()),
+    "no bias": without_bias,
     "mode": lambda net: net.train(not net.training),
     "weights in another layout": lambda net: [
         setattr(p, "data", last(p.data)) for p in net.parameters() if p.ndim == 3
@@ -197,8 +211,8 @@ def test_whatever_changes_nothing_stale_runs(seed, kernels, engine):
     net = net.to(kernels)
     twin = copy.deepcopy(net)
     # all changes and kinds of images are met by the seeds together
-    changes = [[*CHANGES][(2 * seed + n) % len(CHANGES)] for n in range(3)]
-    images = [IMAGES[(4 * seed + n) % len(IMAGES)] for n in range(4)]
+    changes = [[*CHANGES][(3 * seed + n) % len(CHANGES)] for n in range(4)]
+    images = [IMAGES[(5 * seed + n) % len(IMAGES)] for n in range(5)]
     draw.shuffle(changes)
     draw.shuffle(images)
     for change in ["", *changes]:
@@ -330,8 +344,29 @@ def test_what_cannot_be_repeated_is_refused():
     with pytest.raises(tape.Unrecordable, match="the host reads a value"):
         tape.record(lambda x: (x * x.sum().item(),), x)
     pair = torch.randn(3, 4)
-    with pytest.raises(tape.Unrecordable, match="share their memory"):
-        tape.record(lambda a, b: (pair[1:2, 2:3] + 1,), pair[:, :3], pair[:, 1:])
+    parts = pair[:, :3], pair[:, 1:]  # which share their memory
+    replay, (out,) = tape.record(lambda a, b: (pair[1:2, 2:3] + 1,), *parts)
+    assert replay is None
+    torch.testing.assert_close(out, pair[1:2, 2:3] + 1)
+
+
+def test_what_was_given_is_changed_once():
+    """Also where it is found, after that, that nothing can repeat it; and nothing raises after."""
+    counter, x = torch.zeros(()), torch.randn(2, 3)
+
+    def goes_on(counter, x):
+        counter.add_(1)
+        return (x.sum(0),)
+
+    replay, (out,) = tape.record(goes_on, counter, x)
+    assert replay is None
+    assert counter == 1
+    torch.testing.assert_close(out, x.sum(0))
+    replay, _ = tape.record(lambda counter, x: (x.sum(0), counter.add_(1))[:1], counter, x)
+    y = torch.randn(2, 3)
+    (out,) = replay(counter, y)
+    assert counter == 3
+    torch.testing.assert_close(out, y.sum(0))
 
 
 def test_what_is_empty_is_allocated_too():

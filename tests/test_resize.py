@@ -11,7 +11,7 @@ from torch import nn
 
 from cassetta import functional
 from cassetta.functional import Deferred, linear_grid, resize_deferred
-from cassetta.functional.norm import Pool
+from cassetta.functional.norm import Normalization, Pool
 from cassetta.kernels import dispatch, layout, reference, tile
 from cassetta.kernels.types import NOTHING, Activation, Prologue
 
@@ -278,7 +278,7 @@ def test_a_pending_transform_is_interpolated_with_its_gradients(first, norm):
         pending = Deferred(x)
         if first:
             pending = pending.activated(Activation("silu"))
-        pending = pending.normalized(gamma, beta, 1e-5, Pool(norm))
+        pending = pending.normalized(Normalization(gamma, beta, 1e-5, Pool(norm)))
         if not first:
             pending = pending.activated(Activation("silu"))
         saved = []

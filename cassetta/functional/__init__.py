@@ -15,7 +15,11 @@ from cassetta.functional.deferred import (
     join as join,
     materialize as materialize,
 )
-from cassetta.functional.norm import Pool as Pool
+from cassetta.functional.norm import (
+    Normalization as Normalization,
+    Pool as Pool,
+    Running as Running,
+)
 from cassetta.functional.pool import max_pool as max_pool
 from cassetta.functional.resize import (
     fit as fit,

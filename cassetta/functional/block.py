@@ -20,7 +20,7 @@ from torch.autograd import Function
 
 from cassetta.functional import recordings
 from cassetta.functional.nodes import first_order
-from cassetta.functional.norm import Normalization, Pool
+from cassetta.functional.norm import Normalization, Pool, Running, track
 from cassetta.functional.steps import (
     Steps,
     Tables,
@@ -43,12 +43,12 @@ class Image(NamedTuple):
     sums: Tensor | None = None  # which stands for the sums of the gradient of z, if a norm asks
     centre: Tensor | None = None  # of these sums
     outer: bool = False  # they are of the value after the activation
-    is_summed: list[bool] = [False]  # noqa: RUF012 (replaced): whether all readers return sums
+    told: list[Any] = [False]  # noqa: RUF012 (replaced): whether all readers return sums
 
     def alone(self) -> Tensor:
         """Return x for a reader that returns no sums."""
-        if self.is_summed[0]:
-            self.is_summed[0] = False
+        if self.told[0]:
+            self.told[0] = False
         return self.x
 
 
@@ -96,54 +96,79 @@ _KNOWN: Any = ()
 class Given(NamedTuple):
     """What a node is given beside what it may differentiate."""
 
-    tables: tuple[Tensor | None, ...]  # of the image that is read: s1, t1, slope, s2, t2, centre
-    tables2: tuple[Tensor | None, ...]
-    epilogue: tuple[Tensor | None, ...]  # s1, t1, slope, s2, t2
-    prepared: Tables
-    factors: tuple[Tensor | None, ...]
-    own: tuple[Tensor | None, ...]  # moments of x, where they are known
+    tensors: tuple[Tensor | None, ...]
     numbers: tuple[float, ...]  # of the activations, and eps: a compiler may have them open
+    running: Running | None  # statistics that the node itself updates
 
 
-def flat(given: Given) -> list[Any]:
+def given(
+    tables: tuple[Tensor | None, ...], tables2: tuple[Tensor | None, ...],
+    epilogue: tuple[Tensor | None, ...], prepared: Tables, factors: tuple[Tensor | None, ...],
+    own: tuple[Tensor | None, ...], numbers: tuple[float, ...], running: Running | None,
+) -> Given:  # fmt: skip
+    """Put together what a node is given.
+
+    Parameters
+    ----------
+    tables, tables2 : tuple
+        Of the images that are read: s1, t1, slope, s2, t2, and the centre of the sums.
+    epilogue : tuple
+        s1, t1, slope, s2, t2 of what leaves with the product.
+    own : tuple
+        The moments of x, where they are known.
+    """
+    tensors = (*tables, *tables2, *epilogue, *prepared, *factors, *own)
+    return Given(tensors, numbers, running)
+
+
+_TABLES, _FACTORS = 17, 17 + len(Tables._fields)  # where they begin
+
+
+def flat(given: Given) -> tuple[Any, ...]:
     """Return it as arguments of a node: as it is, or in parts, which a compiler asks for."""
     if not torch.compiler.is_compiling():
-        return [given]
-    return [one for part in given for one in part]
+        return (given,)
+    tensors, numbers, _ = given
+    return *tensors, *numbers
 
 
 def unflat(flat: Sequence[Any]) -> Given:
-    """Return what `flat` was given."""
+    """Return what `flat` was given; a compiler's node updates no statistics."""
     if len(flat) == 1:
         return flat[0]
-    n = 17 + len(Tables._fields)
-    one, two, epilogue, found = flat[:6], flat[6:12], flat[12:17], flat[17:n]
-    factors, own, numbers = flat[n : n + 3], flat[n + 3 : n + 5], flat[n + 5 :]
-    last = tuple(factors), tuple(own), tuple(numbers)
-    return Given(tuple(one), tuple(two), tuple(epilogue), Tables(*found), *last)
+    n = _FACTORS + 5
+    return Given(tuple(flat[:n]), tuple(flat[n:]), None)
 
 
 def evaluate(
-    plan: Plan, inputs: Sequence[Tensor | None], given: Given
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    plan: Plan, inputs: tuple[Tensor | None, ...], given: Given
+) -> tuple[Tensor, Sequence[Tensor | None]]:
     """`compute`, by its recording if there is one."""
+    if is_traced(plan):
+        return compute(plan, *inputs, given)  # type: ignore[arg-type]
+    tensors, numbers, running = given
+    kept: tuple[Tensor | None, ...] = (None,) * 3 if running is None else running[:3]
+    how = None if running is None else running[3:]
 
-    def again(*tensors: Any) -> Any:
-        x, x2, w, b, r, gamma, beta, weight, *rest = tensors
-        own = unflat([*rest, *given.numbers])
+    def again(x: Any, x2: Any, w: Any, b: Any, r: Any, *rest: Any) -> Any:
+        gamma, beta, weight, *others, mean, var, batches = rest
+        own = Given(tuple(others), numbers, None)
         y, found = compute(plan, x, x2, w, b, r, gamma, beta, weight, own)
+        if plan.norm is not None and not plan.norm[1]:
+            if how is not None:  # last: what is raised before has changed nothing
+                track(Running(mean, var, batches, *how), plan.norm[0], found, y.shape)
+            found = *found[:3], None, *found[4:]  # nobody else asks for the variance
         return y, *found
 
-    if torch.compiler.is_compiling() or _is_shared(plan):
-        return compute(plan, *inputs, given)  # type: ignore[arg-type]
-    tensors = *inputs, *(one for part in given[:-1] for one in part)
-    y, *found = recordings.run(("forward", plan, given.numbers), again, tensors)
-    return y, tuple(found)  # type: ignore[return-value]
+    y, *found = recordings.run(("forward", plan, numbers, how), again, inputs + tensors + kept)
+    return y, found
 
 
-def _is_shared(plan: Plan) -> bool:
-    """Tell whether other processes share the statistics: a collective is part of no recording."""
-    return plan.norm is not None and plan.norm[0].process_group is not None
+def is_traced(plan: Plan) -> bool:
+    """Tell whether nothing is recorded: a compiler traces, or other processes share statistics."""
+    return torch.compiler.is_compiling() or (
+        plan.norm is not None and plan.norm[0].process_group is not None
+    )
 
 
 def compute(
@@ -151,14 +176,17 @@ def compute(
     r: Tensor | None, gamma: Any, beta: Any, weight: Any, given: Given,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:  # fmt: skip
     """Compute y, and what its norm amounts to, if that depends on y; or y, and its moments."""
-    numbers = given.numbers
-    steps = plan.steps(gamma, beta, weight, given.factors, numbers)
-    y, own = x, None if given.own[0] is None else Moments(*given.own)  # type: ignore[arg-type]
+    tensors, numbers, _ = given
+    prepared, own = Tables(*tensors[_TABLES:_FACTORS]), None
+    steps = plan.steps(gamma, beta, weight, tensors[_FACTORS : _FACTORS + 3], numbers)
+    if tensors[-1] is not None:
+        own = Moments(*tensors[-2:])  # type: ignore[arg-type]
+    y = x
     if plan.product is not None:
         assert w is not None
         p, p2, epilogue = (
-            together(tables[:5], plan.activation(which, numbers))
-            for which, tables in enumerate((given.tables, given.tables2, given.epilogue))
+            together(tensors[start : start + 5], plan.activation(which, numbers))
+            for which, start in enumerate((0, 6, 12))
         )
         engine, geometry, transposed = plan.product
         run = ENGINES[engine]
@@ -174,52 +202,55 @@ def compute(
         y = ops.materialize(y, Prologue(f0, shift, steps.activation), None, y.dtype)
     if steps.are_known():
         return y, (*((None, None) if own is None else own), *(None,) * 7)
-    return y, normalized(y, steps, given.prepared, own)
+    return y, normalized(y, steps, prepared, own)
 
 
 class Block(Function):
-    """The node: (plan, is_summed, x, its sums, x2, its sums, w, b, residual, gamma, beta, weight,
-    *flat(tensors)) to (y, its sums, *what its norm amounts to)."""
+    """The node: (plan, told, x, its sums, x2, its sums, w, b, residual, gamma, beta, weight,
+    *flat(tensors)) to (y, its sums).
+
+    What its norm amounts to is put into `told`, after whether readers return sums, for results of
+    a node cost the host time; a compiler, which follows no such object, gets it as results.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, plan: Plan, is_summed: list[bool], x: Tensor, sums: Any, x2: Any, sums2: Any,
+        ctx: Any, plan: Plan, told: list[Any], x: Tensor, sums: Any, x2: Any, sums2: Any,
         w: Any, b: Any, r: Any, gamma: Any, beta: Any, weight: Any, *rest: Tensor | None,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         given = unflat(rest)
-        ctx.plan, ctx.is_summed, ctx.nb_others = plan, is_summed, len(rest)
-        ctx.numbers = given.numbers
-        ctx.reads_sums = sums is not None, sums2 is not None
-        learned = w, b, gamma, beta, weight
-        ctx.dtypes = tuple([None if one is None else one.dtype for one in learned])
+        others, numbers, _ = given
         y, found = evaluate(plan, (x, x2, w, b, r, gamma, beta, weight), given)
-        tables = given.prepared
+        tables = Tables(*others[_TABLES:_FACTORS])
         if plan.norm is not None and not plan.norm[1]:
             tables = completed(tables, plan.word, found)
         # a mere factor asks for no image
         kept = y if plan.word else None
         ctx.save_for_backward(
             None if plan.product is None else x, x2, w, b, kept, gamma, beta, weight,
-            *given.tables, *given.tables2, *tables, *given.factors,
+            *others[:12], *tables, *others[_FACTORS : _FACTORS + 3],
         )  # fmt: skip
-        ctx.mark_non_differentiable(*(one for one in found if one is not None))
+        ctx.given = plan, numbers, told, (sums is not None, sums2 is not None), len(rest)
         ctx.set_materialize_grads(False)
+        y = y.view_as(y) if plan.product is None else y
         out = layout.tables(y, 2) if plan.is_summed else None
-        return y.view_as(y) if plan.product is None else y, out, *found
+        if torch.compiler.is_compiling():
+            ctx.mark_non_differentiable(*(one for one in found if one is not None))
+            return y, out, *found
+        told.append(found)
+        return y, out
 
     @staticmethod
     @first_order
     def backward(ctx: Any, g: Tensor, sums: Tensor | None = None, *found: Any) -> tuple:
-        sums = sums if ctx.is_summed[0] else None
-        back = Backward(
-            ctx.plan, ctx.numbers, tuple(ctx.needs_input_grad[2:12]), ctx.reads_sums, ctx.dtypes
-        )
-        tensors = g, sums, *ctx.saved_tensors
-        if torch.compiler.is_compiling() or _is_shared(ctx.plan):
+        plan, numbers, told, reads_sums, nb_others = ctx.given
+        back = Backward(plan, numbers, tuple(ctx.needs_input_grad[2:12]), reads_sums)
+        tensors = g, sums if told[0] else None, *ctx.saved_tensors
+        if is_traced(plan):
             grads = back.compute(*tensors)
         else:
             grads = recordings.run(("backward", back), back.compute, tensors)
-        return None, None, *grads, *[None] * ctx.nb_others
+        return None, None, *grads, *[None] * nb_others
 
 
 class Backward(NamedTuple):
@@ -229,7 +260,6 @@ class Backward(NamedTuple):
     numbers: tuple[float, ...]
     needs: tuple[bool, ...]  # of x, its sums, x2, its sums, w, b, residual, gamma, beta, weight
     reads_sums: tuple[bool, bool]
-    dtypes: tuple[torch.dtype | None, ...]  # of w, b, gamma, beta, weight
 
     def compute(
         self, g: Tensor, sums: Tensor | None, *saved: Tensor | None
@@ -238,7 +268,7 @@ class Backward(NamedTuple):
 
         In the order of `needs`.
         """
-        plan, numbers, needs, reads_sums, dtypes = self
+        plan, numbers, needs, reads_sums = self
         x, x2, w, b, kept, gamma, beta, weight, *rest = saved
         n = 12 + len(Tables._fields)
         one, two, tables, factors = rest[:6], rest[6:12], Tables(*rest[12:n]), tuple(rest[n:])
@@ -265,9 +295,10 @@ class Backward(NamedTuple):
             asked = (needs[0] or needs[1], needs[2] or needs[3], *needs[4:6])
             grads[:6] = _through_product(plan, dy, images, w, b, asked)
             grads[6] = dy
-        for place, dtype in zip((4, 5, 7, 8, 9), dtypes, strict=True):
+        for place, learned in zip((4, 5, 7, 8, 9), (w, b, gamma, beta, weight), strict=True):
             grad = grads[place]
-            grads[place] = None if grad is None or not needs[place] else grad.to(dtype)
+            is_asked = grad is not None and learned is not None and needs[place]
+            grads[place] = grad.to(learned.dtype) if is_asked else None  # type: ignore[union-attr]
         grads[6] = grads[6] if needs[6] else None
         return tuple(grads)
 

@@ -15,7 +15,6 @@ concatenations are pending, too: whoever reads next computes them, if it must.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 from cassetta.functional.block import Image, Product
 from cassetta.functional.launch import Launch, transformed
 from cassetta.functional.nodes import Materialize, MaterializeMoments
-from cassetta.functional.norm import Normalization, Pool
+from cassetta.functional.norm import Normalization
 from cassetta.functional.steps import Steps
 from cassetta.kernels import layout
 from cassetta.kernels.engines import ENGINES
@@ -158,26 +157,12 @@ class Deferred:
         steps = x.steps.activated(activation, weight)
         return Deferred(x.source, steps, x.own, self.promoted or promotes)
 
-    def normalized(
-        self,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        eps: float,
-        pool: Pool,
-        fixed: Moments | None = None,
-        track: Callable[[Moments, Any], None] | None = None,
-        promotes: bool = False,
-    ) -> Deferred:
-        """Apply a norm, with the statistics of z pooled by `pool`, or with `fixed` ones (C,).
-
-        `track` is told the pooled statistics, and the factor that makes their variances unbiased;
-        `promotes` as in `activated`.
-        """
-        if fixed is None and ("n" in self.steps.word or isinstance(self.source, Sum)):
+    def normalized(self, norm: Normalization, promotes: bool = False) -> Deferred:
+        """Apply a norm, with the statistics of z, or with fixed ones; `promotes` as above."""
+        if norm.fixed is None and ("n" in self.steps.word or isinstance(self.source, Sum)):
             x = self._with_moments()
         else:
             x = self._open("n")
-        norm = Normalization(gamma, beta, eps, pool, fixed, track)
         steps = x.steps.normalized(norm)
         return Deferred(x.source, steps, x.own, self.promoted or promotes)
 
@@ -274,13 +259,15 @@ def convolved(
     TypeError
         If the weights are not in the dtype of the image.
     """
-    taps, geometry = tuple(weight.shape[2:]), product.geometry
-    if (why := ENGINES[product.engine].supports(geometry, taps)) is not None:
+    engine, geometry, transposed = product
+    out, _, *taps = weight.shape
+    if (why := ENGINES[engine].supports(geometry, tuple(taps))) is not None:
         raise ValueError(why)
-    if isinstance(x.source, Join) and geometry.groups == 1 and not product.transposed:
-        first, second = x.source
-    else:
-        first, second = x.settled(), None
+    first, second, source = x, None, x.source
+    if isinstance(source, Join) and geometry.groups == 1 and not transposed:
+        first, second = source
+    elif isinstance(source, (Join, Sum)):
+        first = x.settled()
     image = x.image
     device, dtype = image.device.type, image.dtype
     if torch.is_autocast_enabled(device):
@@ -292,11 +279,12 @@ def convolved(
             "or use torch.autocast"
         )
     n, _, *size = image.shape
-    if product.transposed:
-        shape = [k * s for k, s in zip(size, geometry.stride, strict=True)]
+    if transposed:
+        out, size = weight.shape[1], [k * s for k, s in zip(size, geometry.stride, strict=True)]
     else:
-        shape = geometry.size_of(size, taps)
-    like = weight.new_empty(()).expand(n, weight.shape[product.transposed], *shape)
+        size = geometry.size_of(size, taps)
+    shape = n, out, *size
+    like = weight.new_empty_strided(shape, (0,) * len(shape))
     images = _rounded(first, weight), None if second is None else _rounded(second, weight)
     grad = torch.is_grad_enabled()
     return Deferred(Launch(product, *images, weight, bias, like, grad, by_result, owner))

@@ -7,15 +7,23 @@ slope, and the moments that a norm asks for. The rest is pending.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cassetta.functional.block import Block, Given, Image, Plan, Product, evaluate, flat
-from cassetta.functional.norm import Normalization
-from cassetta.functional.steps import Steps, Tables, completed, prepared
+from cassetta.functional.block import (
+    Block,
+    Image,
+    Plan,
+    Product,
+    evaluate,
+    flat,
+    given,
+    is_traced,
+)
+from cassetta.functional.norm import track
+from cassetta.functional.steps import Steps, completed, prepared
 from cassetta.kernels.engines import ENGINES
 from cassetta.kernels.types import NOTHING, Activation, Moments, Prologue, apart
 
@@ -134,32 +142,33 @@ def _node(
     wanted = [one for one in inputs if one is not None and one.requires_grad]
     is_node = torch.is_grad_enabled() and len(wanted) > 0
     norm = steps.norm
-    is_summed = [is_node and norm is not None and not torch.compiler.is_compiling()]
-    with torch.no_grad():
-        tables = prepared(like, steps)
-    plan, numbers = _plan(
-        product, x, second, epilogue, steps, of, (by_result, leaves, is_summed[0])
-    )
-    given = Given(
+    told: list[Any] = [is_node and norm is not None and not torch.compiler.is_compiling()]
+    tables = prepared(like, steps)
+    plan, numbers = _plan(product, x, second, epilogue, steps, of, (by_result, leaves, told[0]))
+    running = None if norm is None or is_traced(plan) else norm.running
+    others = given(
         _tables(x), _tables(second), apart(epilogue), tables, steps.factors,
-        (None, None) if own is None else own, numbers,
+        (None, None) if own is None else own, numbers, running,
     )  # fmt: skip
     out = None
     if is_node:
-        z, out, *found = Block.apply(plan, is_summed, *inputs, *flat(given))  # type: ignore[misc]
+        z, out, *found = Block.apply(plan, told, *inputs, *flat(others))  # type: ignore[misc]
+        found = found or told.pop()
     else:
         x1, _, x2, _, *parameters = inputs
         with torch.no_grad():
-            z, found = evaluate(plan, (x1, x2, *parameters), given)
+            z, found = evaluate(plan, (x1, x2, *parameters), others)
     if norm is None or norm.fixed is not None:
         own = None if found[0] is None else Moments(*found[:2])  # type: ignore[arg-type]
     else:
         tables = completed(tables, steps.word, found)
-        _track(norm, tables, like)
+        if running is None and norm.running is not None:
+            with torch.no_grad():
+                track(norm.running, norm.pool, found, like.shape)
     if by_result:
         return Image(z, _rest(steps)), None
     outer = steps.word == "an"
-    image = Image(z, tables.prologue(steps.activation), out, tables.centre, outer, is_summed)
+    image = Image(z, tables.prologue(steps.activation), out, tables.centre, outer, told)
     return image, own
 
 
@@ -201,17 +210,3 @@ def _tables(image: Image | None) -> tuple[Tensor | None, ...]:
     if image is None:
         return (None,) * 6
     return *apart(image.prologue), image.centre
-
-
-def _track(norm: Normalization, tables: Tables, like: Tensor) -> None:
-    """Tell whoever keeps running statistics of those that were found."""
-    if norm.track is None:
-        return
-    pool, (n, c) = norm.pool, like.shape[:2]
-    with torch.no_grad():
-        if pool.process_group is not None:
-            norm.track(Moments(tables.mean_of_all, tables.var_of_all), tables.unbiased)  # type: ignore
-            return
-        members = {"group": c // pool.groups, "batch": n}.get(pool.kind, 1)
-        count = math.prod(like.shape[2:]) * members
-        norm.track(Moments(tables.mean, tables.var), count / max(count - 1, 1))  # type: ignore

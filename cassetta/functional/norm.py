@@ -16,7 +16,7 @@ processes adds to it.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +41,29 @@ class Pool(NamedTuple):
 FIXED = Pooling("fixed")
 
 
+class Running(NamedTuple):
+    """Statistics (C,) that a norm keeps for evaluation, and how it updates them."""
+
+    mean: Tensor
+    var: Tensor
+    batches: Tensor | None  # how many there have been
+    momentum: float | None  # None: all batches weigh the same
+    averaged: bool  # over samples, which have statistics of their own
+
+    def update(self, moments: Moments, unbiased: Any) -> None:
+        """Take in pooled statistics (N, C); times `unbiased`, their variances are unbiased."""
+        mean, var, batches, momentum, averaged = self
+        newest = (moments.mean, mean), (moments.var * unbiased, var)
+        new = [(one.mean(0) if averaged else one[0]).to(kept.dtype) for one, kept in newest]
+        if batches is not None:  # all is computed: what is changed from here on is changed at once
+            batches.add_(1)
+        weight: Any = 0.0 if momentum is None else momentum
+        if batches is not None and momentum is None:
+            weight = 1.0 / batches.to(mean.dtype)
+        mean.lerp_(new[0], weight)
+        var.lerp_(new[1], weight)
+
+
 class Normalization(NamedTuple):
     """A norm, with the statistics of what it is applied to, or with fixed ones (C,)."""
 
@@ -49,7 +72,20 @@ class Normalization(NamedTuple):
     eps: float
     pool: Pool
     fixed: Moments | None = None
-    track: Callable[[Moments, Any], None] | None = None  # is told the pooled statistics
+    running: Running | None = None  # is told the pooled statistics
+
+
+def track(
+    running: Running, pool: Pool, found: Sequence[Tensor | None], shape: Sequence[int]
+) -> None:
+    """Update running statistics by what `standardize` found of an image of this shape."""
+    _, _, mean, var, _, _, mean_of_all, var_of_all, unbiased = found
+    if mean_of_all is not None:
+        running.update(Moments(mean_of_all, var_of_all), unbiased)  # type: ignore[arg-type]
+        return
+    n, c, *size = shape
+    count = math.prod(size) * {"group": c // pool.groups, "batch": n}.get(pool.kind, 1)
+    running.update(Moments(mean, var), count / max(count - 1, 1))  # type: ignore[arg-type]
 
 
 def standardize(
@@ -98,7 +134,7 @@ def norm_gradients(
     pooling = FIXED if norm.fixed is not None or group is not None else norm.pool.pooling()
     gamma = norm.gamma
     shares = ops.norm_finalize_backward(sums, *given, tables.after, gamma, voxels, pooling)
-    dgamma, dbeta = shares[:2].sum(1).unbind()
+    dgamma, dbeta = (shares[:2, 0] if mean.shape[0] == 1 else shares[:2].sum(1)).unbind()
     if norm.fixed is not None:
         return dgamma, dbeta, None
     if group is None:

@@ -43,14 +43,24 @@ def run(what: Any, function: tape.Function, tensors: Sequence[Tensor | None]) ->
     ----------
     what : hashable
         All that the function does depends on, beside the tensors and the settings.
+    function : callable
+        What it changes among the tensors, it changes at its end, so that it can begin anew.
     """
     first = tensors[0]
     if torch.compiler.is_compiling() or first is None or not _may_replay(first):
         return function(*tensors)
-    if not _are_plain(tensors):
-        return function(*tensors)
-    facts = tuple([None if x is None else _facts(x) for x in tensors])
-    key = what, facts, first.data_ptr() % 16, _settings(first)
+    facts: list[Any] = []
+    for x in tensors:
+        if x is None:
+            facts.append(None)
+        elif type(x) in dispatch.PLAIN:
+            shape = x.shape
+            facts += shape, x.stride(), x.dtype, x.device
+            if len(shape) > 2 and shape[1] % layout.WORD:  # channels that fill no words
+                facts.append(layout.is_in_words(x))
+        else:
+            return function(*tensors)
+    key = what, tuple(facts), first.data_ptr() % 16, _settings(first)
     found = _known.get(key)
     with unrounded(first):
         try:
@@ -59,7 +69,7 @@ def run(what: Any, function: tape.Function, tensors: Sequence[Tensor | None]) ->
             elif found is SEEN:
                 if not machine.is_capturing(first.device):  # whose graph would keep the memory
                     replay, out = tape.record(function, *tensors)
-                    _keep(key, replay)
+                    _keep(key, NEVER if replay is None else replay)
                     return out
             elif found is not NEVER:
                 return found(*tensors)
@@ -73,12 +83,6 @@ def run(what: Any, function: tape.Function, tensors: Sequence[Tensor | None]) ->
                 raise
             _keep(key, NEVER)
         return function(*tensors)
-
-
-def _facts(x: Tensor) -> tuple[Any, ...]:
-    """All of a tensor that what is done to it depends on, but for its values and its address."""
-    words = x.ndim > 2 and x.shape[1] % layout.WORD != 0 and layout.is_in_words(x)
-    return x.shape, x.stride(), x.dtype, x.device, words
 
 
 def unrounded(x: Tensor) -> AbstractContextManager:
@@ -132,10 +136,6 @@ def _settings(x: Tensor) -> tuple[Any, ...]:
     return evidence.changes, plans.forced(), exact
 
 
-def _are_plain(tensors: Sequence[Tensor | None]) -> bool:
-    return all(x is None or type(x) in dispatch.PLAIN for x in tensors)
-
-
 def _keep(key: Any, value: Any) -> None:
     """Keep a key; the oldest one gives way, and where that happens often it is said."""
     global _gone
@@ -159,8 +159,8 @@ def _keep(key: Any, value: Any) -> None:
 def _are_hooked() -> bool:
     """Tell whether somebody is told of Triton's launches."""
     runtime = _runtime()
-    hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def _runtime() -> Any:

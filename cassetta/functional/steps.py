@@ -87,22 +87,30 @@ class Tables(NamedTuple):
     s2: Tensor | None = None
     t2: Tensor | None = None
     mean: Tensor | None = None  # of the norm, as it is pooled
-    var: Tensor | None = None
     rstd: Tensor | None = None
     centre: Tensor | None = None  # of the sums that its gradient asks for
     before: Tensor | None = None  # a factor before the norm
     after: Tensor | None = None  # a factor after it
-    mean_of_all: Tensor | None = None  # (1, C), where other processes share the statistics
-    var_of_all: Tensor | None = None
-    unbiased: Tensor | None = None  # by what that variance is multiplied to be unbiased
 
     def prologue(self, activation: Activation) -> Prologue:
         """Return the transform that makes z."""
         return Prologue(self.s1, self.t1, activation, self.slope, self.s2, self.t2)
 
 
+_NO_TABLES = Tables()
+
+
 def prepared(x: Tensor, steps: Steps) -> Tables:
     """Find what steps on an image x (N, C, *X) amount to, but for what depends on its values."""
+    _, _, weight, norm, (f0, f1, f2) = steps
+    is_open = norm is None or norm.fixed is None
+    if is_open and weight is None and f0 is None and f1 is None and f2 is None:
+        return _NO_TABLES
+    with torch.no_grad():
+        return _prepared(x, steps)
+
+
+def _prepared(x: Tensor, steps: Steps) -> Tables:
     word, _, weight, norm, factors = steps
     n, c = x.shape[:2]
     slope = before = after = None
@@ -146,9 +154,8 @@ def completed(tables: Tables, word: str, found: Sequence[Tensor | None]) -> Tabl
         s1, t1 = found[:2]
     else:
         s2, t2 = found[:2]
-    mean, var, rstd, centre, *of_all = found[2:]
-    factors = tables.before, tables.after
-    return Tables(s1, t1, slope, s2, t2, mean, var, rstd, centre, *factors, *of_all)
+    mean, _, rstd, centre = found[2:6]
+    return Tables(s1, t1, slope, s2, t2, mean, rstd, centre, tables.before, tables.after)
 
 
 def gradients(

@@ -1,6 +1,6 @@
 """Convolutions with their norm, dropout, activation and attention, and groups of them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from cassetta.layers import fusing
 from cassetta.layers.activations import make_activation
 from cassetta.layers.attention import make_attention
 from cassetta.layers.conv import make_conv
+from cassetta.layers.decisions import recalled
 from cassetta.layers.dropout import make_dropout
 from cassetta.layers.norm import make_norm
 from cassetta.layers.simple import ModuleGroup, Stack
@@ -128,21 +129,31 @@ class ConvBlock(Stack):
 
     def defer(self, x: Deferred) -> Deferred:
         """`forward` of what x stands for, which need not be computed on the way."""
+        for step in recalled(self, x, self._steps):
+            x = step(x)
+        return x
+
+    def _steps(self, x: Deferred) -> list[Callable[[Deferred], Deferred]]:
+        """What is to be done to x, one after the other."""
         check.image(x.image, self.ndim, self.inp_channels)
         layers: dict[str, Any] = {
             letter: getattr(self, LAYERS[letter], None) for letter in self.order
         }
         engine = fusing.choose(self, layers, x).engine
         if engine == "reference":
-            return self._plain(x)
-        for letter, layer in layers.items():
-            if letter == "c":
-                product = Product(engine, layer.geometry)
-                alone = layers["n"] is None
-                x = functional.convolved(x, product, layer.weight, layer.bias, alone, self)
-            elif layer is not None:
-                x = fusing.step(letter, layer, x)
-        return x
+            return [self._plain]
+        present = [(letter, layer) for letter, layer in layers.items() if layer is not None]
+        return [
+            self._convolution(engine, layers["n"] is None) if letter == "c"
+            else fusing.step(letter, layer) for letter, layer in present
+        ]  # fmt: skip
+
+    def _convolution(self, engine: str, by_result: bool) -> Callable[[Deferred], Deferred]:
+        """The convolution as a step, by an engine."""
+        conv: Any = self.conv
+        product = Product(engine, conv.geometry)
+        weight, bias = fusing.reader(conv, "weight"), fusing.reader(conv, "bias")
+        return lambda x: functional.convolved(x, product, weight(), bias(), by_result, self)
 
     def _plain(self, x: Deferred) -> Deferred:
         out = materialize(x)

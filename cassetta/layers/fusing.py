@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from cassetta.functional import Deferred, Pool, defer, materialize
+from cassetta.functional import Deferred, Normalization, Pool, Running, defer, materialize
 from cassetta.kernels import dispatch
 from cassetta.kernels.dispatch import Choice
 from cassetta.kernels.types import Activation, Moments
@@ -89,6 +89,11 @@ def listening(training: bool) -> Iterator[list[Ran]]:
         yield log
     finally:
         _listener.log, _listener.training = before
+
+
+def is_observed() -> bool:
+    """Tell whether somebody listens in this thread."""
+    return _listener.log is not None
 
 
 def choose(block: nn.Module, layers: dict[str, nn.Module | None], x: Deferred) -> Choice:
@@ -249,35 +254,57 @@ def activation_of(module: nn.Module) -> Activation | None:
     return None
 
 
-def step(letter: str, layer: Any, x: Deferred) -> Deferred:
-    """What a layer, not a convolution, makes of x: a norm, dropout, activation or attention."""
-    if letter == "x":
-        return Deferred(layer(materialize(x)))
-    return {"n": normalized, "d": dropped, "a": activated}[letter](x, layer)
+def step(letter: str, layer: Any) -> Callable[[Deferred], Deferred]:
+    """Return what a layer, not a convolution, does: a norm, dropout, activation or attention.
+
+    It holds while the attributes of the layer are as they are.
+    """
+    return {"n": _normalization, "d": _dropping, "a": _activating, "x": _attending}[letter](layer)
 
 
-def normalized(x: Deferred, norm: Any) -> Deferred:
+def reader(layer: nn.Module, name: str) -> Callable[[], Any]:
+    """Return what reads an attribute of a layer; where it is a tensor, quicker than `getattr`."""
+    for tensors in layer._parameters, layer._buffers:
+        if name in tensors:
+            return lambda: tensors[name]
+    return lambda: getattr(layer, name)
+
+
+def _attending(layer: Any) -> Callable[[Deferred], Deferred]:
+    return lambda x: Deferred(layer(materialize(x)))
+
+
+def _normalization(norm: Any) -> Callable[[Deferred], Deferred]:
     """A norm of torch or of ours as a step, its running statistics kept as its own forward does."""
-    n, c, *size = x.shape
     kind = type(norm)
-    groups = kind in _GROUP
-    channels = norm.num_channels if groups else norm.num_features
-    if c != channels:
-        raise ValueError(
-            f"inp has {c} channels, but {type(norm).__name__} normalizes {channels} channels"
-        )
-    check_statistics(norm, n, size, "")
-    pool, batch = _pool(norm), kind in _BATCH
-    fixed = Moments(norm.running_mean, norm.running_var) if pool is None else None
-    if pool is not None and isinstance(norm, nn.SyncBatchNorm):
-        pool = Pool(pool.kind, pool.groups, process_group(norm))
-    track = None
+    groups, batch = kind in _GROUP, kind in _BATCH
+    pool = _pool(norm)
+    is_fixed = pool is None
     known = not groups and norm.running_mean is not None
-    if pool is not None and known and (norm.track_running_stats or not batch):
-        track = lambda moments, unbiased: _track(norm, moments, unbiased)  # noqa: E731
-    pool = pool or Pool("fixed")
-    promotes = groups and _is_promoting(x)
-    return x.normalized(norm.weight, norm.bias, norm.eps, pool, fixed, track, promotes)
+    tracks = not is_fixed and known and (norm.track_running_stats or not batch)
+    if not is_fixed and kind is nn.SyncBatchNorm:
+        pool = Pool(pool.kind, pool.groups, process_group(norm))  # type: ignore[union-attr]
+    channels, eps = norm.num_channels if groups else norm.num_features, norm.eps
+    gamma, beta = reader(norm, "weight"), reader(norm, "bias")
+
+    def normalized(x: Deferred) -> Deferred:
+        n, c, *size = x.shape
+        if c != channels:
+            raise ValueError(
+                f"inp has {c} channels, but {kind.__name__} normalizes {channels} channels"
+            )
+        check_statistics(norm, n, size, "")
+        fixed = running = None
+        if is_fixed:
+            fixed = Moments(norm.running_mean, norm.running_var)
+        elif tracks:
+            batches = norm.num_batches_tracked if batch else None
+            kept = norm.running_mean, norm.running_var, batches
+            running = Running(*kept, norm.momentum, not batch)
+        own = Normalization(gamma(), beta(), eps, pool or Pool("fixed"), fixed, running)
+        return x.normalized(own, groups and _is_promoting(x))
+
+    return normalized
 
 
 def _pool(norm: Any) -> Pool | None:
@@ -290,22 +317,32 @@ def _pool(norm: Any) -> Pool | None:
     return Pool("batch" if batch else "instance") if norm.training or own else None
 
 
-def dropped(x: Deferred, dropout: Any) -> Deferred:
+def _dropping(dropout: Any) -> Callable[[Deferred], Deferred]:
     """Channel dropout as a step; the same channels as its own forward would drop."""
-    if not dropout.training or dropout.p == 0:
-        return x
-    n, c, *size = x.shape
-    ones = x.image.new_ones(n, c, *[1] * len(size))
-    factor = torch.feature_dropout(ones, dropout.p, True).reshape(n, c)
-    return x.scaled(factor.to(torch.promote_types(factor.dtype, torch.float32)))
+    p = dropout.p
+    if not dropout.training or p == 0:
+        return lambda x: x
+
+    def dropped(x: Deferred) -> Deferred:
+        n, c, *size = x.shape
+        ones = x.image.new_ones(n, c, *[1] * len(size))
+        factor = torch.feature_dropout(ones, p, True).reshape(n, c)
+        return x.scaled(factor.to(torch.promote_types(factor.dtype, torch.float32)))
+
+    return dropped
 
 
-def activated(x: Deferred, module: nn.Module) -> Deferred:
+def _activating(module: Any) -> Callable[[Deferred], Deferred]:
     """An activation as a step."""
     activation = activation_of(module)
     assert activation is not None
-    weight = module.weight if isinstance(module, nn.PReLU) else None
-    return x.activated(activation, weight, type(module) in _PROMOTED and _is_promoting(x))
+    learns, promotes = isinstance(module, nn.PReLU), type(module) in _PROMOTED
+
+    def activated(x: Deferred) -> Deferred:
+        weight = module.weight if learns else None
+        return x.activated(activation, weight, promotes and _is_promoting(x))
+
+    return activated
 
 
 def _is_promoting(x: Deferred) -> bool:
@@ -318,20 +355,6 @@ def _is_promoting(x: Deferred) -> bool:
 
 
 _PROMOTED = (nn.Softplus,)
-
-
-def _track(norm: Any, moments: Moments, unbiased: Any) -> None:
-    """Update running statistics: those of a batch, or the average over instances."""
-    momentum, averaged = norm.momentum, type(norm) in _INSTANCE
-    if not averaged and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if momentum is None:
-            momentum = 1.0 / norm.num_batches_tracked.to(norm.running_mean.dtype)
-    momentum = 0.0 if momentum is None else momentum
-    var = moments.var * unbiased
-    for running, new in ((norm.running_mean, moments.mean), (norm.running_var, var)):
-        new = new.mean(0) if averaged else new[0]
-        running.lerp_(new.to(running.dtype), momentum)
 
 
 def fuses(kind: type) -> type:

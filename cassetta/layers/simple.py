@@ -214,23 +214,26 @@ class ModuleGroup(Chain):
         if not return_all:
             return materialize(self.defer(defer(inp)))
         outputs: list[Tensor] = []
-        for n in range(len(self)):
-            outputs.append(materialize(self._step(n, outputs[-1] if outputs else inp)))
+        for module in self:
+            before = outputs[-1] if outputs else inp
+            outputs.append(materialize(self._step(module, before, not outputs)))
         return tuple(outputs)
 
     def defer(self, x: Deferred) -> Deferred:
         """`forward` of what x stands for, which need not be computed on the way."""
         out: Tensor | Deferred = x
-        for n in range(len(self)):
-            out = self._step(n, out)
+        is_first = True
+        for module in self:
+            out = self._step(module, out, is_first)
+            is_first = False
         return defer(out)
 
-    def _step(self, n: int, x: Tensor | Deferred) -> Tensor | Deferred:
+    def _step(self, module: nn.Module, x: Tensor | Deferred, is_first: bool) -> Tensor | Deferred:
         if not self.residual:
-            return fusing.run(self[n], x)
+            return fusing.run(module, x)
         x = defer(x).kept()
-        out = fusing.run(self[n], x)
-        return defer(out).plus(_matching(defer(x), out, self.skip if n == 0 else 0))
+        out = fusing.run(module, x)
+        return defer(out).plus(_matching(defer(x), out, self.skip if is_first else 0))
 
 
 def _matching(x: Deferred, out: Tensor | Deferred, skip: int) -> Tensor:

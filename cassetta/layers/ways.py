@@ -11,6 +11,7 @@ from cassetta.functional import Deferred, Product, defer, materialize
 from cassetta.kernels import dispatch
 from cassetta.kernels.types import Geometry
 from cassetta.layers import fusing
+from cassetta.layers.decisions import recalled
 from cassetta.layers.interpol import Resize
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -48,6 +49,15 @@ class Level(nn.Module):
 
         Perhaps cropped to a size, or with the last voxels repeated.
         """
+        engine = recalled(self, x, self._engine)
+        is_plain = engine == "reference"
+        out = Deferred(self._plain(x.z())) if is_plain else self._fused(x, engine)
+        if size is None or out.shape[2:] == size:
+            return out
+        return Deferred((functional.fit if is_plain else functional.fit_at_once)(out.z(), size))
+
+    def _engine(self, x: Deferred) -> str:
+        """Choose what runs this on x, once x is known to be what it takes."""
         self._check(x.image)
         convolves = self._changes_channels or hasattr(self, "conv")
         what = lambda: f"{type(self).__name__} {self.factor} to {self.out_channels}"  # noqa: E731
@@ -56,12 +66,7 @@ class Level(nn.Module):
             larger = [n * f for n, f in zip(x.shape[2:], self.factor, strict=True)]
             why = why or dispatch.why_too_large(larger)
         lacks = fusing.lacks(None, convolves)
-        choice = fusing.choose_for(self, x, what, why or self._why_plain(), lacks)
-        is_plain = choice.engine == "reference"
-        out = Deferred(self._plain(x.z())) if is_plain else self._fused(x, choice.engine)
-        if size is None or out.shape[2:] == size:
-            return out
-        return Deferred((functional.fit if is_plain else functional.fit_at_once)(out.z(), size))
+        return fusing.choose_for(self, x, what, why or self._why_plain(), lacks).engine
 
     def _plain(self, inp: Tensor) -> Tensor:
         """What torch makes of an image."""
