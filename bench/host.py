@@ -186,6 +186,7 @@ def main() -> None:
         os.environ[evidence.CACHE] = folder  # so that what was measured elsewhere chooses nothing
         machine.stand_in, dispatch.SMALL = H100, 0
         torch.set_num_threads(1)
+        torch.set_flush_denormal(True)  # what no kernel wrote is any number, and these are slow
         gc.disable()
         print(conditions())
         names = ("block", "engine", "forward", "step", "eager forward", "eager step", "launches")

@@ -28,7 +28,7 @@ def _entry(ptr, at, inside, DEFAULT: tl.constexpr):
 
 @triton.jit(do_not_specialize=_ONE_KERNEL_FOR_ALL)
 def _norm_finalize_kernel(
-    mean_ptr, var_ptr, before_ptr, gamma_ptr, beta_ptr, out_ptr, eps,
+    mean_ptr, var_ptr, before_ptr, gamma_ptr, beta_ptr, out_ptr, eps, unbiased,
     C, pools, members, pool_step, member_step, size,
     FIXED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -70,7 +70,7 @@ def _norm_finalize_kernel(
         shift = _entry(beta_ptr, at % C, inside, 0.0) - mean * scale
         out = out_ptr + at
         tl.store(out, tl.broadcast_to(mean, at.shape), mask=inside)
-        tl.store(out + size, tl.broadcast_to(var, at.shape), mask=inside)
+        tl.store(out + size, tl.broadcast_to(var * unbiased, at.shape), mask=inside)
         tl.store(out + 2 * size, tl.broadcast_to(rstd, at.shape), mask=inside)
         tl.store(out + 3 * size, scale * _entry(before_ptr, at, inside, 1.0), mask=inside)
         tl.store(out + 4 * size, shift, mask=inside)
@@ -79,7 +79,7 @@ def _norm_finalize_kernel(
 
 def norm_finalize(
     own: Moments, before: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float,
-    pooling: Pooling,
+    voxels: int, pooling: Pooling,
 ) -> Tensor:  # fmt: skip
     n, c = own.mean.shape
     pools, members, *steps = pooling.pools(n, c)
@@ -87,7 +87,8 @@ def norm_finalize(
     tile.launch(
         _norm_finalize_kernel, out, configs.over_pools(pools, members),
         *map(_dense, (own.mean, own.var, before, gamma, beta)), out, eps,
-        c, pools, members, *steps, n * c, FIXED=pooling.kind == "fixed",
+        pooling.unbiased(n, c, voxels), c, pools, members, *steps, n * c,
+        FIXED=pooling.kind == "fixed",
     )  # fmt: skip
     return out
 

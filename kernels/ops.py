@@ -200,7 +200,7 @@ norm_finalize = PassRecord(
     reference.norm_finalize, "finalize.norm_finalize",
     lambda own, *rest: layout.tables(own.mean, 5),
     lambda s: [
-        (Moments(s.one, s.one), factor, gamma, gamma, 1e-5, pooling)
+        (Moments(s.one, s.one), factor, gamma, gamma, 1e-5, 8, pooling)
         for gamma, factor, pooling in _norms(s)
     ],
     of="tables",

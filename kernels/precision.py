@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-_CONV: Any = getattr(torch.backends.cudnn, "conv", None)  # since torch 2.9
+_told: Any = getattr(torch._C, "_get_fp32_precision_getter", None)  # since torch 2.9
 
 
 def of(dtype: torch.dtype) -> str:
@@ -21,7 +21,7 @@ def of(dtype: torch.dtype) -> str:
 
 def of_convolutions() -> str:
     """Of float32, as torch was told."""
-    how = torch.backends.cudnn.allow_tf32 if _CONV is None else _CONV.fp32_precision
+    how = torch.backends.cudnn.allow_tf32 if _told is None else _told("cuda", "conv")
     return "tf32" if how in ("tf32", True) else "ieee"
 
 

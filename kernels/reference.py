@@ -273,12 +273,14 @@ def _exact(device: str) -> AbstractContextManager:
 
 def norm_finalize(
     own: Moments, before: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float,
-    pooling: Pooling,
+    voxels: int, pooling: Pooling,
 ) -> Tensor:  # fmt: skip
     """The statistics of a norm, and the affine it amounts to: mean, var, rstd, scale, shift.
 
     With b the value whose moments are `own`, and f the factor `before` (N, C), what is normalized
     is v = f b, and gamma (v - mean) rstd + beta = scale b + shift. "fixed" moments are those of v.
+    The variance that is returned, but not that of rstd, is unbiased for so many `voxels` of each
+    channel of each sample; for 0, and of "fixed" moments, it is not.
 
     Returns a tensor (5, N, C).
     """
@@ -292,6 +294,7 @@ def norm_finalize(
     scale = rstd if gamma is None else rstd * gamma.to(rstd.dtype)
     shift = -mean * scale if beta is None else beta.to(rstd.dtype) - mean * scale
     scale = scale if before is None else scale * before
+    var = var * pooling.unbiased(*var.shape, voxels)
     return torch.stack([mean, var, rstd, scale, shift])
 
 

@@ -190,6 +190,7 @@ class _Writer:
         self.tape, self.out = tape, out
         self.lines: list[str] = []
         self.known: dict[str, Any] = {}  # what the code names
+        self.rows: dict[int, str] = {}  # what is written for a tensor, by its id
         self.writes = False  # to what was given: from then on nothing may raise
         self.pointers: set[str] = set()
         everything = [*tape.given, *tape.entries.values()]
@@ -231,6 +232,7 @@ class _Writer:
             if gone:
                 self.lines.append(f"del {', '.join(gone)}")
         image, *others = self.out
+        self._unbind(others)
         found = [self._result(image), *map(self._argument, others)]
         self.lines.append(f"return {', '.join(found)},")
         given = ", ".join(f"a{n}" for n in range(self.tape.nb_given))
@@ -344,7 +346,26 @@ class _Writer:
         form = f"{x.storage_offset()}, {tuple(x.shape)}, {x.stride()}"
         return f"{one.name}.new_empty(0).set_({one.name}.untyped_storage(), {form})"
 
+    def _unbind(self, results: Sequence[Tensor | None]) -> None:
+        """Make views of the rows of a table all at once, where several are returned."""
+        rows: dict[str, list[tuple[Tensor, int]]] = {}
+        for x in results:
+            one = None if x is None else self.tape.of(x)
+            if x is None or one is None or one.kind == "given":
+                continue
+            y, step = one.tensor, one.tensor.stride(0) if one.tensor.ndim else 0
+            offset = x.storage_offset() - y.storage_offset()
+            is_row = y.ndim > 1 and _form(x) == _form(y[0]) and step and offset % step == 0
+            if is_row and x.dtype == y.dtype:
+                rows.setdefault(one.name, []).append((x, offset // step))
+        for name, found in rows.items():
+            if len(found) > 1:
+                self.lines.append(f"r_{name} = {name}.unbind()")
+                self.rows |= {id(x): f"r_{name}[{n}]" for x, n in found}
+
     def _argument(self, x: Any) -> str:
+        if id(x) in self.rows:
+            return self.rows[id(x)]
         if isinstance(x, Tensor):
             return self._tensor(x)
         if isinstance(x, (list, tuple)) and any(isinstance(one, Tensor) for one in x):

@@ -20,7 +20,7 @@ class Geometry(NamedTuple):
         """The size of what leaves a convolution of an image of this size by so many taps."""
         stride, padding, dilation, _ = self
         axes = zip(size, taps, stride, padding, dilation, strict=True)
-        return tuple((n + sum(pad) - d * (t - 1) - 1) // s + 1 for n, t, s, pad, d in axes)
+        return tuple([(n + a + b - d * (t - 1) - 1) // s + 1 for n, t, s, (a, b), d in axes])
 
     def tiles(self, taps: Sequence[int]) -> bool:
         """Whether each voxel is read by one tap, once: strides are sizes, and nothing is padded."""
@@ -94,6 +94,12 @@ class Pooling(NamedTuple):
         if self.kind == "group":
             return n * self.groups, c // self.groups, c // self.groups, 1
         return n * c, 1, 1, 0
+
+    def unbiased(self, n: int, c: int, voxels: int) -> float:
+        """By what the variance of a pool is multiplied to be unbiased; 1 where there is no such."""
+        members = 0 if self.kind == "fixed" else self.pools(n, c)[1]
+        count = members * voxels
+        return count / (count - 1) if count > 1 else 1.0
 
 
 class Fold(NamedTuple):

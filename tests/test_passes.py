@@ -156,7 +156,7 @@ def test_variance_of_constant_channels_is_not_negative(name, full, kernels):
         assert ((var >= 0) & (var <= (8 * 2**-24 * (mean.abs() + 4)) ** 2)).all()
         for eps in (1e-6, 0.0):  # as nothing is subtracted, 0 adds up to 0
             _, var, rstd, *_ = passes.norm_finalize(
-                Moments(mean, var), None, None, None, eps, Pooling("instance")
+                Moments(mean, var), None, None, None, eps, 25, Pooling("instance")
             )
             assert (var >= 0).all()
             assert not rstd.isnan().any()
@@ -339,7 +339,7 @@ def test_what_a_norm_makes_of_its_moments(pooling, shape, full, half, kernels):
 
     def both(passes, cast):
         moments, b, a, s, m = Moments(*map(cast, own)), *map(cast, (before, after, sums, centre))
-        forward = passes.norm_finalize(moments, b, cast(gamma), cast(beta), 1e-5, pooling)
+        forward = passes.norm_finalize(moments, b, cast(gamma), cast(beta), 1e-5, 60, pooling)
         mean, _, rstd, _, _ = cast(finalized)
         backward = passes.norm_finalize_backward(
             s, mean, rstd, m, b, a, cast(gamma), 60, pooling
@@ -349,7 +349,7 @@ def test_what_a_norm_makes_of_its_moments(pooling, shape, full, half, kernels):
             **dict(zip(("dgamma", "dbeta", "a", "k"), backward, strict=True)),
         }
 
-    finalized = reference.norm_finalize(own, before, gamma, beta, 1e-5, pooling)
+    finalized = reference.norm_finalize(own, before, gamma, beta, 1e-5, 60, pooling)
     truth = both(reference, double)
     same, ours = both(reference, lambda t: t), both(passes, lambda t: t)
     for name, expected in truth.items():
@@ -382,7 +382,10 @@ def test_the_algebra_of_norms_is_that_of_torch(pooling):
         own = reference.moments(b, Prologue())
         fixed = Moments(mean.repeat(n, 1), var.repeat(n, 1))
         moments = fixed if pooling.kind == "fixed" else own
-        found = reference.norm_finalize(moments, factor, gamma, beta, 1e-5, pooling)
+        found = reference.norm_finalize(moments, factor, gamma, beta, 1e-5, 7, pooling)
+        if pooling.kind == "batch":  # as it is kept for evaluation
+            unbiased = v.transpose(0, 1).flatten(1).var(1)
+            torch.testing.assert_close(found[1], unbiased.expand(n, c), rtol=1e-10, atol=1e-10)
         scale, shift = found[3] * after, found[4] * after
         out = scale[..., None] * b + shift[..., None]
         sums = torch.stack([g.sum(-1), (g * (b - own.mean[..., None])).sum(-1)])

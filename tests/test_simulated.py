@@ -322,7 +322,7 @@ def test_variances_are_not_negative(activation, shape, kernels):
     for own in (moments, Moments(*stored)):
         assert (own.var >= 0).all()
         for pooling in (Pooling("instance"), Pooling("batch"), Pooling("group", 4)):
-            rstd = passes.norm_finalize(own, None, None, None, 1e-6, pooling)[2]
+            rstd = passes.norm_finalize(own, None, None, None, 1e-6, 8, pooling)[2]
             assert rstd.isfinite().all()
 
 

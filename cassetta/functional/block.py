@@ -140,12 +140,11 @@ def unflat(flat: Sequence[Any]) -> Given:
     return Given(tuple(flat[:n]), tuple(flat[n:]), None)
 
 
-def evaluate(
-    plan: Plan, inputs: tuple[Tensor | None, ...], given: Given
-) -> tuple[Tensor, Sequence[Tensor | None]]:
-    """`compute`, by its recording if there is one."""
+def evaluate(plan: Plan, inputs: tuple[Tensor | None, ...], given: Given) -> tuple[Any, ...]:
+    """`compute`, by its recording if there is one: y, what stands for its sums, what was found."""
     if is_traced(plan):
-        return compute(plan, *inputs, given)  # type: ignore[arg-type]
+        y, found = compute(plan, *inputs, given)  # type: ignore[arg-type]
+        return y, layout.tables(y, 2) if plan.is_summed else None, *found
     tensors, numbers, running = given
     kept: tuple[Tensor | None, ...] = (None,) * 3 if running is None else running[:3]
     how = None if running is None else running[3:]
@@ -156,12 +155,11 @@ def evaluate(
         y, found = compute(plan, x, x2, w, b, r, gamma, beta, weight, own)
         if plan.norm is not None and not plan.norm[1]:
             if how is not None:  # last: what is raised before has changed nothing
-                track(Running(mean, var, batches, *how), plan.norm[0], found, y.shape)
+                track(Running(mean, var, batches, *how), found)
             found = *found[:3], None, *found[4:]  # nobody else asks for the variance
-        return y, *found
+        return y, layout.tables(y, 2) if plan.is_summed else None, *found
 
-    y, *found = recordings.run(("forward", plan, numbers, how), again, inputs + tensors + kept)
-    return y, found
+    return recordings.run(("forward", plan, numbers, how), again, inputs + tensors + kept)
 
 
 def is_traced(plan: Plan) -> bool:
@@ -220,7 +218,7 @@ class Block(Function):
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         given = unflat(rest)
         others, numbers, _ = given
-        y, found = evaluate(plan, (x, x2, w, b, r, gamma, beta, weight), given)
+        y, out, *found = evaluate(plan, (x, x2, w, b, r, gamma, beta, weight), given)
         tables = Tables(*others[_TABLES:_FACTORS])
         if plan.norm is not None and not plan.norm[1]:
             tables = completed(tables, plan.word, found)
@@ -233,7 +231,6 @@ class Block(Function):
         ctx.given = plan, numbers, told, (sums is not None, sums2 is not None), len(rest)
         ctx.set_materialize_grads(False)
         y = y.view_as(y) if plan.product is None else y
-        out = layout.tables(y, 2) if plan.is_summed else None
         if torch.compiler.is_compiling():
             ctx.mark_non_differentiable(*(one for one in found if one is not None))
             return y, out, *found
@@ -251,6 +248,16 @@ class Block(Function):
         else:
             grads = recordings.run(("backward", back), back.compute, tensors)
         return None, None, *grads, *[None] * nb_others
+
+
+def node(*arguments: Any) -> tuple[Any, ...]:
+    """Return `Block.apply`, without what it does for torch's transforms of functions.
+
+    No kernel runs where one is active.
+    """
+    if torch.compiler.is_compiling():
+        return Block.apply(*arguments)  # type: ignore[return-value]
+    return super(Function, Block).apply(*arguments)  # type: ignore[return-value]
 
 
 class Backward(NamedTuple):

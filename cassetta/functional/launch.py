@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from cassetta.functional.block import (
-    Block,
     Image,
     Plan,
     Product,
@@ -21,6 +20,7 @@ from cassetta.functional.block import (
     flat,
     given,
     is_traced,
+    node,
 )
 from cassetta.functional.norm import track
 from cassetta.functional.steps import Steps, completed, prepared
@@ -152,19 +152,19 @@ def _node(
     )  # fmt: skip
     out = None
     if is_node:
-        z, out, *found = Block.apply(plan, told, *inputs, *flat(others))  # type: ignore[misc]
+        z, out, *found = node(plan, told, *inputs, *flat(others))
         found = found or told.pop()
     else:
         x1, _, x2, _, *parameters = inputs
         with torch.no_grad():
-            z, found = evaluate(plan, (x1, x2, *parameters), others)
+            z, _, *found = evaluate(plan, (x1, x2, *parameters), others)
     if norm is None or norm.fixed is not None:
         own = None if found[0] is None else Moments(*found[:2])  # type: ignore[arg-type]
     else:
         tables = completed(tables, steps.word, found)
         if running is None and norm.running is not None:
             with torch.no_grad():
-                track(norm.running, norm.pool, found, like.shape)
+                track(norm.running, found)
     if by_result:
         return Image(z, _rest(steps)), None
     outer = steps.word == "an"

@@ -50,10 +50,10 @@ class Running(NamedTuple):
     momentum: float | None  # None: all batches weigh the same
     averaged: bool  # over samples, which have statistics of their own
 
-    def update(self, moments: Moments, unbiased: Any) -> None:
-        """Take in pooled statistics (N, C); times `unbiased`, their variances are unbiased."""
+    def update(self, moments: Moments) -> None:
+        """Take in pooled statistics (N, C), whose variances are unbiased."""
         mean, var, batches, momentum, averaged = self
-        newest = (moments.mean, mean), (moments.var * unbiased, var)
+        newest = (moments.mean, mean), (moments.var, var)
         new = [(one.mean(0) if averaged else one[0]).to(kept.dtype) for one, kept in newest]
         if batches is not None:  # all is computed: what is changed from here on is changed at once
             batches.add_(1)
@@ -75,17 +75,12 @@ class Normalization(NamedTuple):
     running: Running | None = None  # is told the pooled statistics
 
 
-def track(
-    running: Running, pool: Pool, found: Sequence[Tensor | None], shape: Sequence[int]
-) -> None:
-    """Update running statistics by what `standardize` found of an image of this shape."""
-    _, _, mean, var, _, _, mean_of_all, var_of_all, unbiased = found
+def track(running: Running, found: Sequence[Tensor | None]) -> None:
+    """Update running statistics by what `standardize` found."""
+    _, _, mean, var, _, _, mean_of_all, var_of_all = found
     if mean_of_all is not None:
-        running.update(Moments(mean_of_all, var_of_all), unbiased)  # type: ignore[arg-type]
-        return
-    n, c, *size = shape
-    count = math.prod(size) * {"group": c // pool.groups, "batch": n}.get(pool.kind, 1)
-    running.update(Moments(mean, var), count / max(count - 1, 1))  # type: ignore[arg-type]
+        mean, var = mean_of_all, var_of_all
+    running.update(Moments(mean, var))  # type: ignore[arg-type]
 
 
 def standardize(
@@ -93,9 +88,9 @@ def standardize(
 ) -> tuple[Tensor | None, ...]:
     """Find what a norm amounts to, given the moments of b (N, C), or none if it has fixed ones.
 
-    Returns (N, C) tables: scale, shift, mean, variance, rstd, and what its sums are centred at.
-    And, where other processes share the statistics, their mean and variance (1, C), and by what
-    that is to be multiplied to be unbiased, which the host need not know; else none.
+    Returns (N, C) tables: scale, shift, mean, unbiased variance, rstd, and what its sums are
+    centred at. And, where other processes share the statistics, their mean and unbiased variance
+    (1, C); else none.
     """
     n, pool = x.shape[0], norm.pool
     pooling = pool.pooling()
@@ -103,14 +98,14 @@ def standardize(
         dtype = torch.promote_types(x.dtype, torch.float32)
         own, pooling = Moments(*(one.to(dtype).repeat(n, 1) for one in norm.fixed)), FIXED
     assert own is not None
-    found, of_all = own, (None, None, None)
+    found, of_all, voxels = own, (None, None), math.prod(x.shape[2:])
     if norm.fixed is None and pool.process_group is not None:
-        local = ops.norm_finalize(own, before, None, None, norm.eps, pooling)
-        count = n * math.prod(x.shape[2:])
-        pooled, total = _moments_of_all(Moments(local[0], local[1]), count, pool.process_group)
-        of_all = (*pooled, total / (total - 1).clamp(min=1))
+        local = ops.norm_finalize(own, before, None, None, norm.eps, 0, pooling)
+        mine = Moments(local[0], local[1])
+        pooled, total = _moments_of_all(mine, n * voxels, pool.process_group)
+        of_all = pooled.mean, pooled.var * (total / (total - 1).clamp(min=1))
         found, pooling = Moments(*(one.repeat(n, 1) for one in pooled)), FIXED
-    tables = ops.norm_finalize(found, before, norm.gamma, norm.beta, norm.eps, pooling)
+    tables = ops.norm_finalize(found, before, norm.gamma, norm.beta, norm.eps, voxels, pooling)
     mean, var, rstd, scale, shift = tables.unbind()
     return scale, shift, mean, var, rstd, own.mean, *of_all
 

@@ -61,28 +61,36 @@ def run(what: Any, function: tape.Function, tensors: Sequence[Tensor | None]) ->
         else:
             return function(*tensors)
     key = what, tuple(facts), first.data_ptr() % 16, _settings(first)
+    kind = first.device.type
+    if not torch.is_autocast_enabled(kind):
+        return _found(key, function, tensors)
+    with torch.autocast(kind, enabled=False):
+        return _found(key, function, tensors)
+
+
+def _found(key: Any, function: tape.Function, tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """Return function(*tensors), by the recording of this key, if there is one by now."""
     found = _known.get(key)
-    with unrounded(first):
-        try:
-            if found is None:
-                _keep(key, SEEN)
-            elif found is SEEN:
-                if not machine.is_capturing(first.device):  # whose graph would keep the memory
-                    replay, out = tape.record(function, *tensors)
-                    _keep(key, NEVER if replay is None else replay)
-                    return out
-            elif found is not NEVER:
-                return found(*tensors)
-        except tape.Unrecordable:
-            _keep(key, NEVER)
-        except tape.Changed:  # recorded anew, once
-            _keep(key, NEVER if key in _changed else SEEN)
-            _changed.add(key)
-        except torch.OutOfMemoryError:  # a tape frees nothing before its end
-            if found is not SEEN:
-                raise
-            _keep(key, NEVER)
-        return function(*tensors)
+    try:
+        if found is None:
+            _keep(key, SEEN)
+        elif found is SEEN:
+            if not machine.is_capturing(tensors[0].device):  # type: ignore[union-attr]
+                replay, out = tape.record(function, *tensors)
+                _keep(key, NEVER if replay is None else replay)
+                return out  # (a graph that is captured would keep the memory of a tape)
+        elif found is not NEVER:
+            return found(*tensors)
+    except tape.Unrecordable:
+        _keep(key, NEVER)
+    except tape.Changed:  # recorded anew, once
+        _keep(key, NEVER if key in _changed else SEEN)
+        _changed.add(key)
+    except torch.OutOfMemoryError:  # a tape frees nothing before its end
+        if found is not SEEN:
+            raise
+        _keep(key, NEVER)
+    return function(*tensors)
 
 
 def unrounded(x: Tensor) -> AbstractContextManager:
@@ -115,19 +123,28 @@ def transform(
 
 def _may_replay(x: Tensor) -> bool:
     """Tell whether nobody looks at what is done on the way, and kernels do it."""
+    device = x.device
     return (
         _enabled
         and x.numel() > 0
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and x.device.type == machine.kernels_on()
+        and not _nb_modes()
+        and not _nb_function_modes()
+        and device.type == machine.kernels_on()
         and not dispatch.on_reference(x)
         and not plans.is_listening()
-        and machine.is_current(x.device)
-        and torch._C._functorch.maybe_current_level() is None  # pyright: ignore
-        and torch._C._has_storage(x)  # a batched tensor has none
+        and machine.is_current(device)
+        and _level() is None
+        and _has_storage(x)  # a batched tensor has none
         and not _are_hooked()
     )
+
+
+_nb_modes, _nb_function_modes = (
+    torch._C._len_torch_dispatch_stack,
+    torch._C._len_torch_function_stack,
+)
+_level: Any = torch._C._functorch.maybe_current_level  # pyright: ignore
+_has_storage: Any = torch._C._has_storage
 
 
 def _settings(x: Tensor) -> tuple[Any, ...]:

@@ -76,14 +76,20 @@ def recalled(module: nn.Module, x: Deferred, decide: Callable[[Deferred], T]) ->
 def _collect(module: nn.Module, facts: list[Any]) -> None:
     """Add all that a module is, but for the values of its tensors, to what is known of others."""
     own = module.__dict__
-    facts += (type(module), *own.values())
+    facts.append(type(module))
+    facts += own.values()
     for tensors in own["_parameters"], own["_buffers"]:
         if tensors:
             facts += tensors
             facts += map(_is_none, tensors.values())
-    for hooks in _HOOKS:
-        if own[hooks]:
-            facts += own[hooks].values()
+    if (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+    ):
+        for name in _HOOKS:
+            facts += own[name].values()
     for child in own["_modules"].values():
         if child is None:
             facts.append(None)
@@ -91,6 +97,7 @@ def _collect(module: nn.Module, facts: list[Any]) -> None:
             _collect(child, facts)
 
 
+_IS_DISTRIBUTED = dist.is_available()
 _is_none = functools.partial(operator.is_, None)
 _HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
@@ -103,10 +110,12 @@ def _kind(x: Deferred) -> Any:
     rounded = None  # to what autocast rounds, where kernels may run
     if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
         rounded = torch.get_autocast_dtype(kind)
-    parts = [(part.shape[1], part.is_last) for part in x.parts]
+    others: Any = ()
+    if not x.is_settled and len(x.parts) > 1:
+        others = [(part.shape[1], part.is_last) for part in x.parts]
     hooked = bool(torch_module._has_any_global_hook())
-    world = dist.group.WORLD if dist.is_available() else None
+    world = dist.group.WORLD if _IS_DISTRIBUTED else None
     return (
-        type(image), image.shape, image.dtype, device, *parts, rounded, torch.is_grad_enabled(),
-        hooked, world, *dispatch.settings(),
+        type(image), image.shape, image.dtype, device, x.is_last, *others, rounded, hooked, world,
+        torch.is_grad_enabled(), dispatch.settings(),
     )  # fmt: skip

@@ -278,14 +278,17 @@ def _normalization(norm: Any) -> Callable[[Deferred], Deferred]:
     """A norm of torch or of ours as a step, its running statistics kept as its own forward does."""
     kind = type(norm)
     groups, batch = kind in _GROUP, kind in _BATCH
-    pool = _pool(norm)
-    is_fixed = pool is None
-    known = not groups and norm.running_mean is not None
-    tracks = not is_fixed and known and (norm.track_running_stats or not batch)
-    if not is_fixed and kind is nn.SyncBatchNorm:
-        pool = Pool(pool.kind, pool.groups, process_group(norm))  # type: ignore[union-attr]
+    found = _pool(norm)
+    pool, is_fixed = found or Pool("fixed"), found is None
+    if kind is nn.SyncBatchNorm and not is_fixed:
+        pool = Pool(pool.kind, pool.groups, process_group(norm))
+    keeps = not groups and norm.running_mean is not None
+    tracks = not is_fixed and keeps and (norm.track_running_stats or not batch)
     channels, eps = norm.num_channels if groups else norm.num_features, norm.eps
-    gamma, beta = reader(norm, "weight"), reader(norm, "bias")
+    momentum = norm.momentum if tracks else None
+    gamma, beta, mean, var, batches = [
+        reader(norm, name) for name in ("weight", "bias", "running_mean", "running_var", _BATCHES)
+    ]
 
     def normalized(x: Deferred) -> Deferred:
         n, c, *size = x.shape
@@ -294,17 +297,17 @@ def _normalization(norm: Any) -> Callable[[Deferred], Deferred]:
                 f"inp has {c} channels, but {kind.__name__} normalizes {channels} channels"
             )
         check_statistics(norm, n, size, "")
-        fixed = running = None
-        if is_fixed:
-            fixed = Moments(norm.running_mean, norm.running_var)
-        elif tracks:
-            batches = norm.num_batches_tracked if batch else None
-            kept = norm.running_mean, norm.running_var, batches
-            running = Running(*kept, norm.momentum, not batch)
-        own = Normalization(gamma(), beta(), eps, pool or Pool("fixed"), fixed, running)
+        fixed = Moments(mean(), var()) if is_fixed else None
+        running = None
+        if tracks:
+            running = Running(mean(), var(), batches() if batch else None, momentum, not batch)
+        own = Normalization(gamma(), beta(), eps, pool, fixed, running)
         return x.normalized(own, groups and _is_promoting(x))
 
     return normalized
+
+
+_BATCHES = "num_batches_tracked"
 
 
 def _pool(norm: Any) -> Pool | None:
