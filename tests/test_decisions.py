@@ -1,7 +1,9 @@
 """What a module decided is recalled while nothing has changed, and at no other time."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 
 from cassetta.functional import defer
 from cassetta.kernels import dispatch, evidence
-from cassetta.layers import ConvBlock, DownConv, fusing
+from cassetta.layers import ConvBlock, ConvGroup, DownConv, decisions, fusing
 from cassetta.layers.decisions import LIMIT, recalled
 
 
@@ -142,11 +144,11 @@ def test_no_copy_has_what_was_decided():
     module = block()
     assert Count(module)() == 1
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert other._decisions.current == ([], {})
+        count = Count(other)
+        assert [count(), count()] == [1, 1]
     replica = module._replicate_for_data_parallel()
     count = Count(replica)
     assert [count(), count()] == [1, 2]
-    assert "_decisions" not in block().state_dict()
 
 
 def test_many_kinds_of_images_are_not_kept_for_ever():
@@ -154,7 +156,25 @@ def test_many_kinds_of_images_are_not_kept_for_ever():
     for n in range(2 * LIMIT):
         count(torch.empty(1, 4, 1, n + 1))
     assert count.calls == 2 * LIMIT
-    assert len(count.module._decisions.current[1]) <= LIMIT
+    assert len(decisions._known[count.module][2]) <= LIMIT
+
+
+def test_modules_go_when_nobody_holds_them(engine):
+    """At once, with their parameters: nothing that was decided refers to them."""
+    net = ConvGroup(2, 4, nb_conv=2, norm="batch", activation="PReLU", residual=True)
+    known = [weakref.ref(one) for one in (*net.modules(), *net.parameters())]
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            net(torch.randn(2, 4, 6, 6)).sum().backward()
+            with dispatch.fused_on_reference(), dispatch.use_engine(engine):
+                net(torch.randn(2, 4, 6, 6)).sum().backward()
+        assert net[0] in decisions._known
+        del net
+        assert not [one() for one in known if one() is not None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("change", ["mode", "slope", "a hook", "another layer", "no layer"])
@@ -167,6 +187,65 @@ def test_a_block_computes_what_it_is(change, engine):
         OTHER[change](module)
         fresh = copy.deepcopy(module)
         torch.testing.assert_close(module(image), fresh(image), rtol=0, atol=0)
+
+
+class Doubled(ConvBlock):
+    """A block with a forward of its own."""
+
+    def forward(self, inp):
+        return 2 * super().forward(inp)
+
+
+def of_another_class(group):
+    group[1].__class__ = Doubled
+
+
+GROUPS = {
+    "a hook on a block": lambda group: group[1].register_forward_hook(lambda *found: found[-1] * 2),
+    "a hook on a layer": lambda group: group[1].conv.register_forward_hook(lambda *f: f[-1] * 2),
+    "another forward of a block": lambda group: setattr(group[0], "forward", lambda x: x),
+    "another class of a block": of_another_class,
+    "a block more": lambda group: group.append(block(dropout=None)),
+    "another block": lambda group: group.__setitem__(0, nn.Conv2d(4, 4, 1)),
+    "residual": lambda group: setattr(group, "residual", not group.residual),
+    "slope": lambda group: OTHER["slope"](group[1]),
+    "mode of a block": lambda group: group[0].eval(),
+}
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("change", [*GROUPS])
+def test_a_group_computes_what_it_is(change, residual, engine):
+    """What its blocks do is recalled for all of them at once."""
+    group = ConvGroup(2, 4, nb_conv=2, norm="batch", activation=nn.LeakyReLU, residual=residual)
+    image = torch.randn(2, 4, 6, 6)
+    with dispatch.fused_on_reference(), dispatch.use_engine(engine):
+        for _ in range(2):
+            group(image)
+        before = group(image)
+        GROUPS[change](group)
+        fresh = copy.deepcopy(group)
+        for _ in range(2):
+            out = group(image)
+            torch.testing.assert_close(out, fresh(image), rtol=0, atol=0)
+            assert not torch.equal(out, before)
+
+
+def test_a_forward_that_is_exchanged_in_its_class_is_noticed(monkeypatch):
+    group = ConvGroup(2, 4, nb_conv=2)
+    image = torch.randn(2, 4, 6, 6)
+    for _ in range(2):
+        group(image)
+    monkeypatch.setattr(ConvBlock, "forward", lambda self, inp: inp + 1)
+    torch.testing.assert_close(group(image), image + 2)
+
+
+def test_a_group_that_is_recalled_asks_none_of_its_blocks(monkeypatch):
+    group = ConvGroup(2, 4, nb_conv=3, norm="instance")
+    image = torch.randn(2, 4, 6, 6)
+    expected = group(image)
+    monkeypatch.setattr(ConvBlock, "steps", lambda *_: pytest.fail("a block was asked"))
+    torch.testing.assert_close(group(image), expected, rtol=0, atol=0)
 
 
 def test_a_way_down_recalls_its_engine(monkeypatch):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+from weakref import ref
 
 from torch import Tensor, nn
 
@@ -129,19 +130,23 @@ class ConvBlock(Stack):
 
     def defer(self, x: Deferred) -> Deferred:
         """`forward` of what x stands for, which need not be computed on the way."""
-        for step in recalled(self, x, self._steps):
+        for step in self.steps(x):
             x = step(x)
         return x
 
-    def _steps(self, x: Deferred) -> list[Callable[[Deferred], Deferred]]:
+    def steps(self, x: Deferred) -> fusing.Steps:
         """What is to be done to x, one after the other."""
+        return recalled(self, x, self._steps)
+
+    def _steps(self, x: Deferred) -> fusing.Steps:
         check.image(x.image, self.ndim, self.inp_channels)
         layers: dict[str, Any] = {
             letter: getattr(self, LAYERS[letter], None) for letter in self.order
         }
         engine = fusing.choose(self, layers, x).engine
         if engine == "reference":
-            return [self._plain]
+            block = ref(self)
+            return [lambda x: block()._plain(x)]  # type: ignore[union-attr]
         present = [(letter, layer) for letter, layer in layers.items() if layer is not None]
         return [
             self._convolution(engine, layers["n"] is None) if letter == "c"
@@ -152,8 +157,8 @@ class ConvBlock(Stack):
         """The convolution as a step, by an engine."""
         conv: Any = self.conv
         product = Product(engine, conv.geometry)
-        weight, bias = fusing.reader(conv, "weight"), fusing.reader(conv, "bias")
-        return lambda x: functional.convolved(x, product, weight(), bias(), by_result, self)
+        weight, bias, block = fusing.reader(conv, "weight"), fusing.reader(conv, "bias"), ref(self)
+        return lambda x: functional.convolved(x, product, weight(), bias(), by_result, block())
 
     def _plain(self, x: Deferred) -> Deferred:
         out = materialize(x)

@@ -1,4 +1,4 @@
-"""What was decided for a module on an image, kept with the module while nothing has changed.
+"""What was decided for a module on an image, kept while nothing has changed.
 
 Which engine runs a block, and by which steps, follows from the layers of the block, from what kind
 of image it meets, and from the settings of the process. All of these are looked at in each call;
@@ -6,9 +6,11 @@ what follows from them is found once.
 """
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import distributed as dist, nn
@@ -24,29 +26,12 @@ LIMIT = 64
 """For how many kinds of images a module keeps what was decided; then it begins anew."""
 
 
-class Decisions:
-    """What a module was like, and what was decided then by the kinds of images; in no copy."""
+Look = Callable[[], list[Any]]
+_known: WeakKeyDictionary[nn.Module, tuple[Look, list[Any], dict[Any, Any]]] = WeakKeyDictionary()
+"""By module: what looks at it, what that saw, and what was decided then by the kinds of images.
 
-    __slots__ = ("current",)
-
-    def __init__(self) -> None:
-        self.current: tuple[list[Any], dict[Any, Any]] = [], {}  # replaced as one: threads share it
-
-    def __deepcopy__(self, memo: Any) -> "Decisions":
-        return Decisions()
-
-    def __reduce__(self) -> Any:
-        return Decisions, ()
-
-    def of(self, module: nn.Module) -> dict[Any, Any]:
-        """Return what was decided for the module as it is now, to be added to."""
-        facts: list[Any] = []
-        _collect(module, facts)
-        known, found = self.current
-        if len(facts) != len(known) or not all(map(operator.is_, facts, known)):
-            found = {}
-            self.current = facts, found
-        return found
+None of it holds the module, so that this goes when the module goes. Threads replace it as one.
+"""
 
 
 def recalled(module: nn.Module, x: Deferred, decide: Callable[[Deferred], T]) -> T:
@@ -54,17 +39,14 @@ def recalled(module: nn.Module, x: Deferred, decide: Callable[[Deferred], T]) ->
 
     What `decide` returns may depend on all that is no value of a tensor: on the attributes of the
     module and of those within, on which parameters and buffers there are, on the kind of the image,
-    autocast, and the requests for backends and engines. It may hold modules, but no tensor.
+    autocast, and the requests for backends and engines. It may hold the modules within, but neither
+    the module itself nor a tensor.
     """
     if torch.compiler.is_compiling() or fusing.is_observed():
         return decide(x)
-    own = module.__dict__
-    if type(x.image) not in dispatch.PLAIN or "_is_replica" in own:  # of DataParallel, for a call
-        return decide(x)
-    decisions = own.get("_decisions")
-    if decisions is None:
-        decisions = own["_decisions"] = Decisions()
-    found, kind = decisions.of(module), _kind(x)
+    if type(x.image) not in dispatch.PLAIN or "_is_replica" in module.__dict__:
+        return decide(x)  # (a replica of DataParallel lives for one call)
+    found, kind = _of(module), _kind(x)
     decided = found.get(kind)
     if decided is None:
         if len(found) >= LIMIT:
@@ -73,31 +55,43 @@ def recalled(module: nn.Module, x: Deferred, decide: Callable[[Deferred], T]) ->
     return decided
 
 
-def _collect(module: nn.Module, facts: list[Any]) -> None:
-    """Add all that a module is, but for the values of its tensors, to what is known of others."""
-    own = module.__dict__
+def _of(module: nn.Module) -> dict[Any, Any]:
+    """Return what was decided for the module as it is now, to be added to."""
+    look, known, found = _known.get(module, _NOTHING)
+    facts = look()
     facts.append(type(module))
-    facts += own.values()
-    for tensors in own["_parameters"], own["_buffers"]:
-        if tensors:
-            facts += tensors
-            facts += map(_is_none, tensors.values())
-    if (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-    ):
-        for name in _HOOKS:
-            facts += own[name].values()
-    for child in own["_modules"].values():
-        if child is None:
-            facts.append(None)
-        else:
-            _collect(child, facts)
+    if len(facts) != len(known) or not all(map(operator.is_, facts, known)):
+        look, found = _looking_at(module), {}
+        _known[module] = look, [*look(), type(module)], found
+    return found
 
+
+def _looking_at(module: nn.Module) -> Look:
+    """Return what lists all that a module and those within are, but for the values of tensors.
+
+    That it looks at all modules within is among what it lists: each lists its own.
+    """
+    _, *within = module.modules()
+    views: list[Any] = []
+    tensors: list[Any] = []
+    for own in (one.__dict__ for one in (module, *within)):
+        views.append(own.values())
+        for name in ("_parameters", "_buffers"):
+            views.append(own[name].keys())
+            tensors.append(own[name].values())
+        views += (own[name].values() for name in ("_modules", *_HOOKS))
+    chained = itertools.chain.from_iterable
+    kinds = [type(one) for one in within]
+    return lambda: [
+        *map(type, within), *map(_forward, kinds), *chained(views), *map(_is_none, chained(tensors))
+    ]  # fmt: skip
+
+
+_NOTHING: tuple[Look, list[Any], dict[Any, Any]] = (lambda: [], [], {})
+"""Of a module that nobody has looked at."""
 
 _IS_DISTRIBUTED = dist.is_available()
+_forward = operator.attrgetter("forward")
 _is_none = functools.partial(operator.is_, None)
 _HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 

@@ -6,7 +6,7 @@ carries no hook. Any other module meets tensors, as always.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -62,6 +62,16 @@ def run(module: nn.Module, x: Tensor | Deferred, *skips: Tensor | Deferred) -> T
     if defers(module):
         return module.defer(defer(x), *map(defer, skips))  # type: ignore[operator]
     return module(materialize(x), *map(materialize, skips))
+
+
+Steps = Sequence[Callable[[Deferred], Deferred]]
+
+
+def steps(module: nn.Module, x: Deferred) -> Steps:
+    """What the module does to x, one after the other; `run` in parts, while it is as it is."""
+    if not defers(module):
+        return [lambda x: defer(module(materialize(x)))]
+    return module.steps(x) if hasattr(module, "steps") else [module.defer]  # type: ignore
 
 
 def run_as_written(module: nn.Module, x: Tensor | Deferred) -> Tensor:
@@ -372,8 +382,11 @@ _FORWARD: dict[type, Any] = {}
 def defers(module: nn.Module) -> bool:
     """Whether `module.defer` does what calling it does: nobody has put another forward there."""
     kind = type(module)
-    own = [_FORWARD[base] for base in kind.__mro__ if base in _FORWARD]  # (traced by torch 2.8)
-    return bool(own) and kind.forward is own[0] and _is_bare(module)
+    known = _FORWARD.get(kind)
+    if known is None:
+        own = [_FORWARD[base] for base in kind.__mro__ if base in _FORWARD]  # (torch 2.8 traces it)
+        known = own[0] if own else None
+    return known is not None and kind.forward is known and _is_bare(module)
 
 
 def _is_bare(module: nn.Module) -> bool:

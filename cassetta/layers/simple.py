@@ -11,6 +11,7 @@ from cassetta.core import check
 from cassetta.core.typing import OneOrSeveral
 from cassetta.functional import Deferred, defer, materialize
 from cassetta.layers import fusing
+from cassetta.layers.decisions import recalled
 
 
 class Cat(nn.Module):
@@ -215,28 +216,40 @@ class ModuleGroup(Chain):
             return materialize(self.defer(defer(inp)))
         outputs: list[Tensor] = []
         for module in self:
-            before = outputs[-1] if outputs else inp
-            outputs.append(materialize(self._step(module, before, not outputs)))
+            x = defer(outputs[-1] if outputs else inp)
+            skip = 0 if outputs else self.skip
+            outputs.append(materialize(self._passed(x, fusing.steps(module, x), skip)))
         return tuple(outputs)
 
     def defer(self, x: Deferred) -> Deferred:
         """`forward` of what x stands for, which need not be computed on the way."""
-        out: Tensor | Deferred = x
-        is_first = True
-        for module in self:
-            out = self._step(module, out, is_first)
-            is_first = False
-        return defer(out)
+        outputs: list[Any] = []
 
-    def _step(self, module: nn.Module, x: Tensor | Deferred, is_first: bool) -> Tensor | Deferred:
-        if not self.residual:
-            return fusing.run(module, x)
-        x = defer(x).kept()
-        out = fusing.run(module, x)
-        return defer(out).plus(_matching(defer(x), out, self.skip if is_first else 0))
+        def decide(x: Any) -> Any:  # what each module does, which is known once it has come to it
+            found, skip = [], self.skip
+            for module in self:
+                steps = fusing.steps(module, x)
+                x, skip = self._passed(x, steps, skip), 0
+                found.append(steps)
+            outputs.append(x)
+            return found
+
+        found, skip = recalled(self, x, decide), self.skip
+        if outputs:
+            return outputs[0]
+        for steps in found:
+            x, skip = self._passed(x, steps, skip), 0
+        return x
+
+    def _passed(self, x: Deferred, steps: fusing.Steps, skip: int) -> Deferred:
+        """What the steps of one module make of x."""
+        before = x.kept() if self.residual else x
+        for step in steps:
+            x = step(x)
+        return x.plus(_matching(before, x, skip)) if self.residual else x
 
 
-def _matching(x: Deferred, out: Tensor | Deferred, skip: int) -> Tensor:
+def _matching(x: Deferred, out: Deferred, skip: int) -> Tensor:
     """The part of a module's input that is added to its output."""
     before = x.leading(out.shape[1]) if skip else x.z()
     if before.shape != out.shape:
