@@ -351,13 +351,12 @@ class _Writer:
         rows: dict[str, list[tuple[Tensor, int]]] = {}
         for x in results:
             one = None if x is None else self.tape.of(x)
-            if x is None or one is None or one.kind == "given":
+            if x is None or one is None or one.kind == "given" or not x.numel():
                 continue
-            y, step = one.tensor, one.tensor.stride(0) if one.tensor.ndim else 0
-            offset = x.storage_offset() - y.storage_offset()
-            is_row = y.ndim > 1 and _form(x) == _form(y[0]) and step and offset % step == 0
-            if is_row and x.dtype == y.dtype:
-                rows.setdefault(one.name, []).append((x, offset // step))
+            for n, row in enumerate(one.tensor.unbind() if one.tensor.ndim > 1 else ()):
+                if (x.data_ptr(), x.dtype, *_form(x)) == (row.data_ptr(), row.dtype, *_form(row)):
+                    rows.setdefault(one.name, []).append((x, n))
+                    break
         for name, found in rows.items():
             if len(found) > 1:
                 self.lines.append(f"r_{name} = {name}.unbind()")
