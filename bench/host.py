@@ -8,7 +8,8 @@ the CPU pass for those of a GPU of capability 9.0 (`machine.stand_in`), and no k
 with plain torch modules (eager) on the same parameters. Their operators run on the CPU, on few
 voxels, as do the convolutions of the engine `library`; so there is some arithmetic in these
 figures, and what a GPU adds is not: the host's time of its allocator, of cuDNN and of the driver,
-and backward in a thread of its own.
+and backward in a thread of its own. Denormal numbers are flushed: what no kernel wrote is full of
+them, and arithmetic with them is slow.
 
 A figure is CPU time of this thread, the 20th percentile of all rounds. That of a block is a quarter
 of what a chain of 6 takes beyond a chain of 2; that of a network is a whole one.
@@ -186,7 +187,7 @@ def main() -> None:
         os.environ[evidence.CACHE] = folder  # so that what was measured elsewhere chooses nothing
         machine.stand_in, dispatch.SMALL = H100, 0
         torch.set_num_threads(1)
-        torch.set_flush_denormal(True)  # what no kernel wrote is any number, and these are slow
+        torch.set_flush_denormal(True)
         gc.disable()
         print(conditions())
         names = ("block", "engine", "forward", "step", "eager forward", "eager step", "launches")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cassetta.functional.launch import Launch
-from cassetta.layers import ConvBlock
+from cassetta.layers import ConvBlock, fusing
 from cassetta.layers.updown import Level
 from cassetta.rehearsal import Input, Rehearsal
 
@@ -187,7 +187,7 @@ def _rows(model: nn.Module, rehearsal: Rehearsal, inputs: Sequence[Input]) -> li
     finally:
         for hook in hooks:
             hook.remove()
-    with fused:
+    with fused, fusing.listening(training=True):  # so that each block is among the callers
         rehearsal(*inputs, fused=True)
     left, rows = set(model.parameters()), []
     for block, shape in meter.shapes.items():

@@ -147,6 +147,17 @@ def test_what_is_shared_counts_once_and_what_lies_between_blocks_counts_too():
     assert found[-1].flops == 2 * 2 * 4 * 4 * 64
 
 
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("order", ["cndax", "nacdx"])
+def test_what_a_block_keeps_is_counted_as_its_own(order, residual):
+    """Also what its group computes for it, without asking it, as it has decided before."""
+    options = {"norm": "batch", "attention": "sqzex", "dropout": 0.2, "residual": residual}
+    net = ConvGroup(2, 8, nb_conv=3, order=order, **options)
+    found = [[*cassetta.summary(net, (2, 8, 6, 6))] for _ in range(2)]
+    assert found[0] == found[1]
+    assert [row.name for row in found[0]] == ["0", "1", "2"]
+
+
 def test_a_layer_without_a_shape_is_refused():
     with pytest.raises(ValueError, match="call it once on an image first"):
         cassetta.summary(nn.Sequential(cassetta.layers.LazyConv(3)), (1, 2, 8, 8))

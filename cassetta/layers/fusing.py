@@ -68,10 +68,14 @@ Steps = Sequence[Callable[[Deferred], Deferred]]
 
 
 def steps(module: nn.Module, x: Deferred) -> Steps:
-    """What the module does to x, one after the other; `run` in parts, while it is as it is."""
+    """What the module does to x, one after the other; `run` in parts, while it is as it is.
+
+    Who listens finds the module among the callers of what it does.
+    """
     if not defers(module):
         return [lambda x: defer(module(materialize(x)))]
-    return module.steps(x) if hasattr(module, "steps") else [module.defer]  # type: ignore
+    is_whole = is_observed() or not hasattr(module, "steps")
+    return [module.defer] if is_whole else module.steps(x)  # type: ignore[operator, list-item]
 
 
 def run_as_written(module: nn.Module, x: Tensor | Deferred) -> Tensor:
