@@ -284,7 +284,7 @@ class _Writer:
         call = f"{self._constant(_QUICKER.get(func, func))}({', '.join(given)})"
         if func._schema.is_mutable:  # what is changed has its name
             self.lines.append(call)
-            self.writes |= self.tape.of(step.args[0]).kind == "given"
+            self.writes |= any(self.tape.of(x).kind == "given" for x in _written(step))
             return
         names = [self.tape.of(x).name if isinstance(x, Tensor) else "_" for x in step.results]
         self.lines.append(f"{', '.join(names)}{',' * (len(func._schema.returns) > 1)} = {call}")
@@ -392,6 +392,15 @@ def _read(step: Entry | Call | Start, kind: Any = None) -> list[Tensor]:
         return []
     more = step.kwargs if isinstance(step, Call) else {}
     return [x for x in tree_leaves((step.args, more)) if isinstance(x, Tensor)]
+
+
+def _written(step: Call) -> list[Tensor]:
+    """List the tensors that an operator writes, among its arguments."""
+    parameters = step.operator._schema.arguments
+    given = {one.name: x for one, x in zip(parameters, step.args, strict=False)} | step.kwargs
+    kinds = {one.name: one.alias_info for one in parameters}
+    found = [x for name, x in given.items() if kinds[name] is not None and kinds[name].is_write]
+    return [x for x in tree_leaves(found) if isinstance(x, Tensor)]
 
 
 def _form(x: Tensor) -> tuple[Any, ...]:

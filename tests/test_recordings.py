@@ -369,6 +369,27 @@ def test_what_was_given_is_changed_once():
     torch.testing.assert_close(out, y.sum(0))
 
 
+@pytest.mark.parametrize("write", [
+    lambda room, x: torch.cat([x, x], out=room),
+    lambda room, x: torch._foreach_copy_([room[:2], room[2:]], [x, x]),
+])  # fmt: skip
+def test_operators_that_write_elsewhere_than_in_their_first_argument(write):
+    x, y = torch.randn(2, 3), torch.randn(2, 3)
+
+    def into_what_is_new(x):
+        room = torch.empty(4, 3)
+        write(room, x)
+        return (room.sum(0),)  # whose layout is looked at
+
+    def into_what_was_given(room, x):
+        write(room, x)
+        return (x.sum(0),)
+
+    replay, _ = tape.record(into_what_is_new, x)
+    torch.testing.assert_close(replay(y)[0], 2 * y.sum(0))
+    assert tape.record(into_what_was_given, torch.empty(4, 3), x)[0] is None
+
+
 def test_what_is_empty_is_allocated_too():
     """As the channels of a second image are, where all are of the first."""
 
