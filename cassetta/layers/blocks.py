@@ -130,12 +130,12 @@ class ConvBlock(Stack):
 
     def defer(self, x: Deferred) -> Deferred:
         """`forward` of what x stands for, which need not be computed on the way."""
-        for step in self.steps(x):
+        for step in self.deferred_steps(x):
             x = step(x)
         return x
 
-    def steps(self, x: Deferred) -> fusing.Steps:
-        """What is to be done to x, one after the other."""
+    def deferred_steps(self, x: Deferred) -> fusing.Steps:
+        """What `defer` does to x, one after the other."""
         return recalled(self, x, self._steps)
 
     def _steps(self, x: Deferred) -> fusing.Steps:

@@ -74,8 +74,8 @@ def steps(module: nn.Module, x: Deferred) -> Steps:
     """
     if not defers(module):
         return [lambda x: defer(module(materialize(x)))]
-    is_whole = is_observed() or not hasattr(module, "steps")
-    return [module.defer] if is_whole else module.steps(x)  # type: ignore[operator, list-item]
+    is_whole = is_observed() or not hasattr(type(module), "deferred_steps")
+    return [module.defer] if is_whole else module.deferred_steps(x)  # type: ignore
 
 
 def run_as_written(module: nn.Module, x: Tensor | Deferred) -> Tensor:
