@@ -231,6 +231,41 @@ def test_a_group_computes_what_it_is(change, residual, engine):
             assert not torch.equal(out, before)
 
 
+class Counting(nn.Module):
+    """Other than it was in each call, in its attributes alone."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x * self.calls
+
+
+LAYERS = {
+    "scripted": lambda: torch.jit.script(nn.ReLU()),
+    "traced": lambda: torch.jit.trace(nn.ReLU(), torch.randn(1, 4, 6, 6)),
+    "of torch.fx": lambda: torch.fx.symbolic_trace(nn.Sequential(nn.ReLU())),
+    "lazy": lambda: nn.LazyBatchNorm2d(),
+    "parametrized": lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1)),
+    "with state": Counting,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*jit")  # which the newest torch would have us leave
+@pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
+@pytest.mark.parametrize("kind", [*LAYERS])
+def test_layers_of_any_kind_are_looked_at_or_asked_each_time(kind):
+    torch.manual_seed(0)
+    layer, image = LAYERS[kind](), torch.randn(1, 4, 6, 6)
+    group = ConvGroup(2, 4, nb_conv=2, activation=layer)
+    for _ in range(3):
+        calls = getattr(layer, "calls", None)
+        expected = layer(group[1].conv(layer(group[0].conv(image))))
+        if calls is not None:
+            layer.calls = calls
+        torch.testing.assert_close(group(image), expected, rtol=0, atol=0)
+
+
 def test_a_forward_that_is_exchanged_in_its_class_is_noticed(monkeypatch):
     group = ConvGroup(2, 4, nb_conv=2)
     image = torch.randn(2, 4, 6, 6)

@@ -72,6 +72,8 @@ def _looking_at(module: nn.Module) -> Look:
     That it looks at all modules within is among what it lists: each lists its own.
     """
     _, *within = module.modules()
+    if any(isinstance(one, torch.jit.ScriptModule) for one in within):
+        return lambda: [object()]  # what is compiled cannot be looked at: each time it is another
     views: list[Any] = []
     tensors: list[Any] = []
     for own in (one.__dict__ for one in (module, *within)):
