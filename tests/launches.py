@@ -26,7 +26,7 @@ from triton.backends.nvidia import driver as nvidia
 
 from cassetta.backbones import MeshNet, UNet
 from cassetta.functional import recordings
-from cassetta.kernels import dispatch, evidence, machine, tape
+from cassetta.kernels import dispatch, evidence, machine, replay
 from cassetta.layers import ConvBlock, ConvGroup
 
 os.environ[evidence.CACHE] = sys.argv[1]
@@ -48,7 +48,7 @@ def spy(self, *args):
 nvidia.CudaLauncher.__call__ = spy
 
 
-class Keeping(tape._Writer):
+class Keeping(replay._Writer):
     """Replays that free nothing, so that no address is met twice that was not one tensor's."""
 
     def _begin(self):
@@ -64,7 +64,7 @@ def keep(values):
     alive.append([*values.values()])
 
 
-tape._Writer = Keeping
+replay._Writer = Keeping
 
 
 def step(net, image):

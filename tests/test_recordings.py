@@ -15,7 +15,7 @@ from torch import nn
 
 from cassetta.backbones import ATrousNet, MeshNet, UNet
 from cassetta.functional import recordings
-from cassetta.kernels import dispatch, plans, tape
+from cassetta.kernels import dispatch, plans, replay, tape
 from cassetta.layers import ConvBlock, ConvGroup, fusing
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -307,7 +307,7 @@ def test_where_memory_is_short_nothing_is_recorded(monkeypatch):
     def short(*given):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(tape, "record", short)
+    monkeypatch.setattr(replay, "record", short)
     x = torch.randn(1, 2, 6)
     for _ in range(3):
         (out,) = recordings.run("a test", lambda a: (a + 1,), (x,))
@@ -342,11 +342,11 @@ def test_recordings_can_be_turned_off(number):
 def test_what_cannot_be_repeated_is_refused():
     x = torch.randn(3)
     with pytest.raises(tape.Unrecordable, match="the host reads a value"):
-        tape.record(lambda x: (x * x.sum().item(),), x)
+        replay.record(lambda x: (x * x.sum().item(),), x)
     pair = torch.randn(3, 4)
     parts = pair[:, :3], pair[:, 1:]  # which share their memory
-    replay, (out,) = tape.record(lambda a, b: (pair[1:2, 2:3] + 1,), *parts)
-    assert replay is None
+    again, (out,) = replay.record(lambda a, b: (pair[1:2, 2:3] + 1,), *parts)
+    assert again is None
     torch.testing.assert_close(out, pair[1:2, 2:3] + 1)
 
 
@@ -358,13 +358,13 @@ def test_what_was_given_is_changed_once():
         counter.add_(1)
         return (x.sum(0),)
 
-    replay, (out,) = tape.record(goes_on, counter, x)
-    assert replay is None
+    again, (out,) = replay.record(goes_on, counter, x)
+    assert again is None
     assert counter == 1
     torch.testing.assert_close(out, x.sum(0))
-    replay, _ = tape.record(lambda counter, x: (x.sum(0), counter.add_(1))[:1], counter, x)
+    again, _ = replay.record(lambda counter, x: (x.sum(0), counter.add_(1))[:1], counter, x)
     y = torch.randn(2, 3)
-    (out,) = replay(counter, y)
+    (out,) = again(counter, y)
     assert counter == 3
     torch.testing.assert_close(out, y.sum(0))
 
@@ -385,9 +385,9 @@ def test_operators_that_write_elsewhere_than_in_their_first_argument(write):
         write(room, x)
         return (x.sum(0),)
 
-    replay, _ = tape.record(into_what_is_new, x)
-    torch.testing.assert_close(replay(y)[0], 2 * y.sum(0))
-    assert tape.record(into_what_was_given, torch.empty(4, 3), x)[0] is None
+    again, _ = replay.record(into_what_is_new, x)
+    torch.testing.assert_close(again(y)[0], 2 * y.sum(0))
+    assert replay.record(into_what_was_given, torch.empty(4, 3), x)[0] is None
 
 
 def test_what_is_empty_is_allocated_too():
@@ -398,8 +398,8 @@ def test_what_is_empty_is_allocated_too():
         return (torch.cat((none, x)), none)
 
     x, y = torch.randn(2, 3), torch.randn(2, 3)
-    replay, _ = tape.record(function, x)
-    out, none = replay(y)
+    again, _ = replay.record(function, x)
+    out, none = again(y)
     torch.testing.assert_close(out, y)
     assert none.shape == (0, 3)
 
@@ -407,11 +407,11 @@ def test_what_is_empty_is_allocated_too():
 def test_a_tensor_that_was_two_is_noticed():
     """Of one tensor that was given twice, two are told apart, and never mistaken for one."""
     x, y = torch.randn(3), torch.randn(3)
-    replay, out = tape.record(lambda a, b: (a + 2 * b,), x, x)
+    again, out = replay.record(lambda a, b: (a + 2 * b,), x, x)
     torch.testing.assert_close(out[0], 3 * x)
-    torch.testing.assert_close(replay(y, y)[0], 3 * y)
+    torch.testing.assert_close(again(y, y)[0], 3 * y)
     with pytest.raises(tape.Changed):
-        replay(x, y)
+        again(x, y)
 
 
 LAUNCHES = Path(__file__).with_name("launches.py")

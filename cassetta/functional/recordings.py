@@ -1,4 +1,4 @@
-"""Recordings of what nodes do (`kernels.tape`), by all that they depend on.
+"""Recordings of what nodes do (`kernels.replay`), by all that they depend on.
 
 What a node does to its tensors is a function of its plan, of the shapes, strides and dtypes of the
 tensors, and of a few settings: these are the key of its recording. It is recorded when it is done
@@ -19,7 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cassetta.kernels import dispatch, evidence, layout, machine, ops, plans, precision, tape
+from cassetta.kernels import (
+    dispatch,
+    evidence,
+    layout,
+    machine,
+    ops,
+    plans,
+    precision,
+    replay,
+    tape,
+)
 from cassetta.kernels.types import Activation, together
 
 ENVIRONMENT = "CASSETTA_RECORDINGS"
@@ -76,8 +86,8 @@ def _found(key: Any, function: tape.Function, tensors: Sequence[Tensor | None]) 
             _keep(key, SEEN)
         elif found is SEEN:
             if not machine.is_capturing(tensors[0].device):  # type: ignore[union-attr]
-                replay, out = tape.record(function, *tensors)
-                _keep(key, NEVER if replay is None else replay)
+                again, out = replay.record(function, *tensors)
+                _keep(key, NEVER if again is None else again)
                 return out  # (a graph that is captured would keep the memory of a tape)
         elif found is not NEVER:
             return found(*tensors)

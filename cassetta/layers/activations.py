@@ -8,6 +8,7 @@ from torch.nn.modules import activation as torch_activations
 from cassetta.core import check
 from cassetta.core.typing import ActivationType
 from cassetta.core.utils import build
+from cassetta.kernels.types import Activation
 
 
 def make_activation(activation: ActivationType, **kwargs: Any) -> nn.Module | None:
@@ -61,3 +62,25 @@ _BY_NAME: dict[str, type[nn.Module]] = {
     "SymExp": SymExp,
     "SymLog": SymLog,
 }
+
+
+def activation_of(module: nn.Module) -> Activation | None:
+    """What the kernels call an activation; None if they have none such."""
+    kind = type(module)
+    if kind in _PLAIN:
+        return Activation(_PLAIN[kind])
+    if isinstance(module, nn.LeakyReLU) and kind is nn.LeakyReLU:
+        return Activation("leaky_relu", float(module.negative_slope))
+    if isinstance(module, nn.ELU) and kind is nn.ELU:
+        return Activation("elu", float(module.alpha))
+    if isinstance(module, nn.GELU) and kind is nn.GELU:
+        return Activation("gelu_tanh" if module.approximate == "tanh" else "gelu")
+    if isinstance(module, nn.Softplus) and kind is nn.Softplus:
+        return Activation("softplus", float(module.beta), float(module.threshold))
+    return None
+
+
+_PLAIN: dict[type[nn.Module], str] = {
+    nn.Identity: "identity", nn.ReLU: "relu", nn.SiLU: "silu", nn.Mish: "mish", nn.Tanh: "tanh",
+    nn.Sigmoid: "sigmoid", nn.Hardswish: "hardswish", nn.PReLU: "prelu",
+}  # fmt: skip

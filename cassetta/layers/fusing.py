@@ -17,7 +17,8 @@ from torch.nn.modules import module as torch_module
 from cassetta.functional import Deferred, Normalization, Pool, Running, defer, materialize
 from cassetta.kernels import dispatch
 from cassetta.kernels.dispatch import Choice
-from cassetta.kernels.types import Activation, Moments
+from cassetta.kernels.types import Moments
+from cassetta.layers.activations import activation_of
 from cassetta.layers.conv import Conv
 from cassetta.layers.dropout import ChannelDropout
 from cassetta.layers.norm import (
@@ -252,22 +253,6 @@ def _why_no_norm(norm: Any, x: Tensor) -> str | None:
     return None
 
 
-def activation_of(module: nn.Module) -> Activation | None:
-    """What the kernels call an activation; None if they have none such."""
-    kind = type(module)
-    if kind in _PLAIN:
-        return Activation(_PLAIN[kind])
-    if isinstance(module, nn.LeakyReLU) and kind is nn.LeakyReLU:
-        return Activation("leaky_relu", float(module.negative_slope))
-    if isinstance(module, nn.ELU) and kind is nn.ELU:
-        return Activation("elu", float(module.alpha))
-    if isinstance(module, nn.GELU) and kind is nn.GELU:
-        return Activation("gelu_tanh" if module.approximate == "tanh" else "gelu")
-    if isinstance(module, nn.Softplus) and kind is nn.Softplus:
-        return Activation("softplus", float(module.beta), float(module.threshold))
-    return None
-
-
 def step(letter: str, layer: Any) -> Callable[[Deferred], Deferred]:
     """Return what a layer, not a convolution, does: a norm, dropout, activation or attention.
 
@@ -405,9 +390,3 @@ def _is_bare(module: nn.Module) -> bool:
         and not module._backward_pre_hooks
         and not torch_module._has_any_global_hook()
     )
-
-
-_PLAIN: dict[type[nn.Module], str] = {
-    nn.Identity: "identity", nn.ReLU: "relu", nn.SiLU: "silu", nn.Mish: "mish", nn.Tanh: "tanh",
-    nn.Sigmoid: "sigmoid", nn.Hardswish: "hardswish", nn.PReLU: "prelu",
-}  # fmt: skip
