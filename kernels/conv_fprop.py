@@ -25,6 +25,7 @@ from torch import Tensor
 from cassetta.kernels import boxes, configs, layout, precision, reductions, tile
 from cassetta.kernels.boxes import NO_BOX
 from cassetta.kernels.configs import GemmConfig
+from cassetta.kernels.operands import added
 from cassetta.kernels.plans import Product
 from cassetta.kernels.types import NOTHING, Activation, Geometry, Prologue
 
@@ -332,7 +333,7 @@ def run(
         WIDE=tile.is_wide(*images), PRECISION=precision.of(w.dtype),
     )  # fmt: skip
     if sums is not None:
-        return reductions.added(sums, 2), sums.new_empty(0)
+        return added(sums, 2), sums.new_empty(0)
     if moments_of is None:
         return x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
     mean, var = reductions.combine(*parts)

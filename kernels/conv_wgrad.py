@@ -22,9 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cassetta.kernels import boxes, configs, layout, plans, precision, reductions, tile
+from cassetta.kernels import boxes, configs, layout, plans, precision, tile
 from cassetta.kernels.boxes import NO_BOX
 from cassetta.kernels.conv_fprop import voxel_steps, walk
+from cassetta.kernels.operands import added
 from cassetta.kernels.types import Geometry, Prologue
 
 _SIZES = [
@@ -170,5 +171,5 @@ def conv_wgrad(
         PRE=not p.is_identity(), ACT=act.name, WIDE=tile.is_wide(x, g),
         PRECISION=precision.of(g.dtype), RAGGED=boxes.are_ragged(config.box, shape),
     )  # fmt: skip
-    dw = reductions.added(dw, 0).permute(2, 1, 0).clone(memory_format=torch.contiguous_format)
+    dw = added(dw, 0).permute(2, 1, 0).clone(memory_format=torch.contiguous_format)
     return dw.reshape(k, c, *taps)

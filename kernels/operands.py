@@ -1,4 +1,4 @@
-"""What engines share: the operand that a product reads, and the gradient of a bias."""
+"""What engines and passes share: the operand that a product reads, and sums by torch."""
 
 import torch
 from torch import Tensor
@@ -18,3 +18,8 @@ def summed(g: Tensor) -> Tensor:
     By torch, which adds up in an order of its own, but always the same.
     """
     return g.sum((0, *range(2, g.ndim)), dtype=torch.promote_types(g.dtype, torch.float32))
+
+
+def added(parts: Tensor, dim: int) -> Tensor:
+    """Return the sum along a dimension, in a fixed order; of a single part, the part itself."""
+    return parts.select(dim, 0) if parts.shape[dim] == 1 else parts.sum(dim)

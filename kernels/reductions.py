@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cassetta.kernels import configs, layout, tile
+from cassetta.kernels.operands import added
 from cassetta.kernels.types import Fold, Moments, Prologue
 
 
@@ -123,11 +124,6 @@ def combine(means: Tensor, m2s: Tensor, counts: Tensor) -> Moments:
         )  # fmt: skip
         (means, m2s), counts, chunks = out, some, config.chunks
     return Moments(means[:, 0], m2s[:, 0])
-
-
-def added(parts: Tensor, dim: int) -> Tensor:
-    """The sum along a dimension, in a fixed order; of a single part, the part."""
-    return parts.select(dim, 0) if parts.shape[dim] == 1 else parts.sum(dim)
 
 
 def partial(n: int, chunks: int, c: int, device: torch.device) -> list[Tensor]:

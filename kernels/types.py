@@ -96,7 +96,7 @@ class Pooling(NamedTuple):
         return n * c, 1, 1, 0
 
     def unbiased(self, n: int, c: int, voxels: int) -> float:
-        """By what the variance of a pool is multiplied to be unbiased; 1 where there is no such."""
+        """Return the factor that makes the variance of a pool unbiased; 1 where there is none."""
         members = 0 if self.kind == "fixed" else self.pools(n, c)[1]
         count = members * voxels
         return count / (count - 1) if count > 1 else 1.0

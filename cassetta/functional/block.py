@@ -20,7 +20,7 @@ from torch.autograd import Function
 
 from cassetta.functional import recordings
 from cassetta.functional.nodes import first_order
-from cassetta.functional.norm import Normalization, Pool, Running, track
+from cassetta.functional.norm import Normalization, Pool, Running
 from cassetta.functional.steps import (
     Steps,
     Tables,
@@ -141,10 +141,9 @@ def unflat(flat: Sequence[Any]) -> Given:
 
 
 def evaluate(plan: Plan, inputs: tuple[Tensor | None, ...], given: Given) -> tuple[Any, ...]:
-    """`compute`, by its recording if there is one: y, what stands for its sums, what was found."""
-    if is_traced(plan):
-        y, found = compute(plan, *inputs, given)  # type: ignore[arg-type]
-        return y, layout.tables(y, 2) if plan.is_summed else None, *found
+    """Return what `compute` does, by its recording if there is one."""
+    if is_unrecorded(plan):
+        return compute(plan, *inputs, given)  # type: ignore[arg-type]
     tensors, numbers, running = given
     kept: tuple[Tensor | None, ...] = (None,) * 3 if running is None else running[:3]
     how = None if running is None else running[3:]
@@ -152,17 +151,17 @@ def evaluate(plan: Plan, inputs: tuple[Tensor | None, ...], given: Given) -> tup
     def again(x: Any, x2: Any, w: Any, b: Any, r: Any, *rest: Any) -> Any:
         gamma, beta, weight, *others, mean, var, batches = rest
         own = Given(tuple(others), numbers, None)
-        y, found = compute(plan, x, x2, w, b, r, gamma, beta, weight, own)
+        y, out, *found = compute(plan, x, x2, w, b, r, gamma, beta, weight, own)
         if plan.norm is not None and not plan.norm[1]:
             if how is not None:  # last: what is raised before has changed nothing
-                track(Running(mean, var, batches, *how), found)
-            found = *found[:3], None, *found[4:]  # nobody else asks for the variance
-        return y, layout.tables(y, 2) if plan.is_summed else None, *found
+                Running(mean, var, batches, *how).update(found)
+            found[3] = None  # nobody else asks for the variance
+        return y, out, *found
 
     return recordings.run(("forward", plan, numbers, how), again, inputs + tensors + kept)
 
 
-def is_traced(plan: Plan) -> bool:
+def is_unrecorded(plan: Plan) -> bool:
     """Tell whether nothing is recorded: a compiler traces, or other processes share statistics."""
     return torch.compiler.is_compiling() or (
         plan.norm is not None and plan.norm[0].process_group is not None
@@ -172,8 +171,11 @@ def is_traced(plan: Plan) -> bool:
 def compute(
     plan: Plan, x: Tensor, x2: Tensor | None, w: Tensor | None, b: Tensor | None,
     r: Tensor | None, gamma: Any, beta: Any, weight: Any, given: Given,
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:  # fmt: skip
-    """Compute y, and what its norm amounts to, if that depends on y; or y, and its moments."""
+) -> tuple[Any, ...]:  # fmt: skip
+    """Compute y, room that stands for its sums, and what its norm amounts to, or else its moments.
+
+    What a norm amounts to is returned if it depends on y: `standardize` says what that is.
+    """
     tensors, numbers, _ = given
     prepared, own = Tables(*tensors[_TABLES:_FACTORS]), None
     steps = plan.steps(gamma, beta, weight, tensors[_FACTORS : _FACTORS + 3], numbers)
@@ -198,9 +200,10 @@ def compute(
         f0 = steps.factors[0]
         shift = None if f0 is None else torch.zeros_like(f0)
         y = ops.materialize(y, Prologue(f0, shift, steps.activation), None, y.dtype)
+    out = layout.tables(y, 2) if plan.is_summed else None
     if steps.are_known():
-        return y, (*((None, None) if own is None else own), *(None,) * 7)
-    return y, normalized(y, steps, prepared, own)
+        return y, out, *((None, None) if own is None else own), *(None,) * 6
+    return y, out, *normalized(y, steps, prepared, own)
 
 
 class Block(Function):
@@ -243,7 +246,7 @@ class Block(Function):
         plan, numbers, told, reads_sums, nb_others = ctx.given
         back = Backward(plan, numbers, tuple(ctx.needs_input_grad[2:12]), reads_sums)
         tensors = g, sums if told[0] else None, *ctx.saved_tensors
-        if is_traced(plan):
+        if is_unrecorded(plan):
             grads = back.compute(*tensors)
         else:
             grads = recordings.run(("backward", back), back.compute, tensors)

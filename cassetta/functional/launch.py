@@ -19,10 +19,9 @@ from cassetta.functional.block import (
     evaluate,
     flat,
     given,
-    is_traced,
+    is_unrecorded,
     node,
 )
-from cassetta.functional.norm import track
 from cassetta.functional.steps import Steps, completed, prepared
 from cassetta.kernels.engines import ENGINES
 from cassetta.kernels.types import NOTHING, Activation, Moments, Prologue, apart
@@ -145,7 +144,7 @@ def _node(
     told: list[Any] = [is_node and norm is not None and not torch.compiler.is_compiling()]
     tables = prepared(like, steps)
     plan, numbers = _plan(product, x, second, epilogue, steps, of, (by_result, leaves, told[0]))
-    running = None if norm is None or is_traced(plan) else norm.running
+    running = None if norm is None or is_unrecorded(plan) else norm.running
     others = given(
         _tables(x), _tables(second), apart(epilogue), tables, steps.factors,
         (None, None) if own is None else own, numbers, running,
@@ -164,7 +163,7 @@ def _node(
         tables = completed(tables, steps.word, found)
         if running is None and norm.running is not None:
             with torch.no_grad():
-                track(norm.running, found)
+                norm.running.update(found)
     if by_result:
         return Image(z, _rest(steps)), None
     outer = steps.word == "an"

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, distributed as dist
 
 from cassetta.kernels import ops, reference
+from cassetta.kernels.operands import added
 from cassetta.kernels.types import Fold, Moments, Pooling
 
 
@@ -50,12 +51,15 @@ class Running(NamedTuple):
     momentum: float | None  # None: all batches weigh the same
     averaged: bool  # over samples, which have statistics of their own
 
-    def update(self, moments: Moments) -> None:
-        """Take in pooled statistics (N, C), whose variances are unbiased."""
+    def update(self, found: Sequence[Tensor | None]) -> None:
+        """Take in what `standardize` found; all is computed before anything is changed."""
         mean, var, batches, momentum, averaged = self
-        newest = (moments.mean, mean), (moments.var, var)
+        _, _, new_mean, new_var, _, _, mean_of_all, var_of_all = found
+        if mean_of_all is not None:
+            new_mean, new_var = mean_of_all, var_of_all
+        newest: Any = (new_mean, mean), (new_var, var)
         new = [(one.mean(0) if averaged else one[0]).to(kept.dtype) for one, kept in newest]
-        if batches is not None:  # all is computed: what is changed from here on is changed at once
+        if batches is not None:
             batches.add_(1)
         weight: Any = 0.0 if momentum is None else momentum
         if batches is not None and momentum is None:
@@ -73,14 +77,6 @@ class Normalization(NamedTuple):
     pool: Pool
     fixed: Moments | None = None
     running: Running | None = None  # is told the pooled statistics
-
-
-def track(running: Running, found: Sequence[Tensor | None]) -> None:
-    """Update running statistics by what `standardize` found."""
-    _, _, mean, var, _, _, mean_of_all, var_of_all = found
-    if mean_of_all is not None:
-        mean, var = mean_of_all, var_of_all
-    running.update(Moments(mean, var))  # type: ignore[arg-type]
 
 
 def standardize(
@@ -129,7 +125,7 @@ def norm_gradients(
     pooling = FIXED if norm.fixed is not None or group is not None else norm.pool.pooling()
     gamma = norm.gamma
     shares = ops.norm_finalize_backward(sums, *given, tables.after, gamma, voxels, pooling)
-    dgamma, dbeta = (shares[:2, 0] if mean.shape[0] == 1 else shares[:2].sum(1)).unbind()
+    dgamma, dbeta = added(shares[:2], 1).unbind()
     if norm.fixed is not None:
         return dgamma, dbeta, None
     if group is None:

@@ -71,10 +71,9 @@ def run(what: Any, function: tape.Function, tensors: Sequence[Tensor | None]) ->
         else:
             return function(*tensors)
     key = what, tuple(facts), first.data_ptr() % 16, _settings(first)
-    kind = first.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not torch.is_autocast_enabled(first.device.type):  # a context costs the host, too
         return _found(key, function, tensors)
-    with torch.autocast(kind, enabled=False):
+    with unrounded(first):
         return _found(key, function, tensors)
 
 
@@ -149,10 +148,8 @@ def _may_replay(x: Tensor) -> bool:
     )
 
 
-_nb_modes, _nb_function_modes = (
-    torch._C._len_torch_dispatch_stack,
-    torch._C._len_torch_function_stack,
-)
+_nb_modes: Any = torch._C._len_torch_dispatch_stack
+_nb_function_modes: Any = torch._C._len_torch_function_stack
 _level: Any = torch._C._functorch.maybe_current_level  # pyright: ignore
 _has_storage: Any = torch._C._has_storage
 

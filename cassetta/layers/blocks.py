@@ -135,7 +135,7 @@ class ConvBlock(Stack):
         return x
 
     def deferred_steps(self, x: Deferred) -> fusing.Steps:
-        """What `defer` does to x, one after the other."""
+        """Return what `defer` does to x, step by step."""
         return recalled(self, x, self._steps)
 
     def _steps(self, x: Deferred) -> fusing.Steps:
@@ -154,7 +154,7 @@ class ConvBlock(Stack):
         ]  # fmt: skip
 
     def _convolution(self, engine: str, by_result: bool) -> Callable[[Deferred], Deferred]:
-        """The convolution as a step, by an engine."""
+        """Return the convolution as a step, computed by an engine."""
         conv: Any = self.conv
         product = Product(engine, conv.geometry)
         weight, bias, block = fusing.reader(conv, "weight"), fusing.reader(conv, "bias"), ref(self)

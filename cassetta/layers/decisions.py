@@ -69,7 +69,7 @@ def _of(module: nn.Module) -> dict[Any, Any]:
 def _looking_at(module: nn.Module) -> Look:
     """Return what lists all that a module and those within are, but for the values of tensors.
 
-    That it looks at all modules within is among what it lists: each lists its own.
+    The children of each module are in the list, so a module that is added or removed is noticed.
     """
     _, *within = module.modules()
     if any(isinstance(one, torch.jit.ScriptModule) for one in within):
@@ -99,7 +99,7 @@ _HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 def _kind(x: Deferred) -> Any:
-    """What of an image, and of the process, decisions depend on."""
+    """Return all of an image, and of the process, that decisions depend on."""
     image = x.image
     device = image.device
     kind = device.type

@@ -69,9 +69,10 @@ Steps = Sequence[Callable[[Deferred], Deferred]]
 
 
 def steps(module: nn.Module, x: Deferred) -> Steps:
-    """What the module does to x, one after the other; `run` in parts, while it is as it is.
+    """Return what the module does to x, step by step: `run` in parts, while nothing changes.
 
-    Who listens finds the module among the callers of what it does.
+    Within `listening`, the only step is the module's own `defer`, so that the stack of calls shows
+    which module computes.
     """
     if not defers(module):
         return [lambda x: defer(module(materialize(x)))]
@@ -107,7 +108,7 @@ def listening(training: bool) -> Iterator[list[Ran]]:
 
 
 def is_observed() -> bool:
-    """Tell whether somebody listens in this thread."""
+    """Tell whether this thread is within `listening`."""
     return _listener.log is not None
 
 
@@ -270,11 +271,12 @@ def reader(layer: nn.Module, name: str) -> Callable[[], Any]:
 
 
 def _attending(layer: Any) -> Callable[[Deferred], Deferred]:
+    """Return an attention as a step."""
     return lambda x: Deferred(layer(materialize(x)))
 
 
 def _normalization(norm: Any) -> Callable[[Deferred], Deferred]:
-    """A norm of torch or of ours as a step, its running statistics kept as its own forward does."""
+    """Return a norm as a step, which keeps running statistics as the norm's own forward does."""
     kind = type(norm)
     groups, batch = kind in _GROUP, kind in _BATCH
     found = _pool(norm)
@@ -320,7 +322,7 @@ def _pool(norm: Any) -> Pool | None:
 
 
 def _dropping(dropout: Any) -> Callable[[Deferred], Deferred]:
-    """Channel dropout as a step; the same channels as its own forward would drop."""
+    """Return channel dropout as a step, which drops the channels its own forward would drop."""
     p = dropout.p
     if not dropout.training or p == 0:
         return lambda x: x
@@ -335,7 +337,7 @@ def _dropping(dropout: Any) -> Callable[[Deferred], Deferred]:
 
 
 def _activating(module: Any) -> Callable[[Deferred], Deferred]:
-    """An activation as a step."""
+    """Return an activation as a step."""
     activation = activation_of(module)
     assert activation is not None
     learns, promotes = isinstance(module, nn.PReLU), type(module) in _PROMOTED

@@ -242,7 +242,7 @@ class ModuleGroup(Chain):
         return x
 
     def _passed(self, x: Deferred, steps: fusing.Steps, skip: int) -> Deferred:
-        """What the steps of one module make of x."""
+        """Apply the steps of one module to x, and its residual connection if there is one."""
         before = x.kept() if self.residual else x
         for step in steps:
             x = step(x)
