@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from cassetta.kernels.types import Activation, Fold, Geometry, Grid, Prologue
@@ -38,6 +39,11 @@ class Sample(NamedTuple):
     def one(self) -> Tensor:
         """A number for each channel of each sample."""
         return self.table(*self.shape[:2])
+
+    @property
+    def counter(self) -> Tensor:
+        """Make a number of batches."""
+        return self.one.new_zeros((), dtype=torch.int64)
 
     @property
     def fold(self) -> Fold | None:

@@ -5,6 +5,8 @@ and walks twice through the members: for what they share, then for what each get
 are small; what counts is that it is one launch, where PyTorch would need some twenty.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -26,9 +28,17 @@ def _entry(ptr, at, inside, DEFAULT: tl.constexpr):
     return values
 
 
+@triton.jit
+def _approach(ptr, new, momentum, inside):
+    """Move what is kept towards what is new, by this fraction of the way."""
+    old = tl.load(ptr, mask=inside, other=0.0)
+    tl.store(ptr, old + momentum * (new - old), mask=inside)
+
+
 @triton.jit(do_not_specialize=_ONE_KERNEL_FOR_ALL)
 def _norm_finalize_kernel(
     mean_ptr, var_ptr, before_ptr, gamma_ptr, beta_ptr, out_ptr, eps, unbiased,
+    running_mean_ptr, running_var_ptr, batches_ptr, momentum,
     C, pools, members, pool_step, member_step, size,
     FIXED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -61,6 +71,12 @@ def _norm_finalize_kernel(
         start += BLOCK_M
     var = (total / members)[:, None]
     rstd = 1.0 / tl.sqrt_rn(var + eps)
+    if batches_ptr is not None:
+        channel, inside = pool[:, None], (pool < pools)[:, None]
+        _approach(running_mean_ptr + channel, mean, momentum, inside)
+        _approach(running_var_ptr + channel, var * unbiased, momentum, inside)
+        if tl.program_id(0) == 0:
+            tl.store(batches_ptr, tl.load(batches_ptr) + 1)
     start = 0
     while start < members:
         m = start + tl.arange(0, BLOCK_M)
@@ -81,13 +97,28 @@ def norm_finalize(
     own: Moments, before: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float,
     voxels: int, pooling: Pooling,
 ) -> Tensor:  # fmt: skip
+    return _finalized(own, before, gamma, beta, eps, voxels, pooling, None, None, None, 0.0)
+
+
+def norm_finalize_running(
+    own: Moments, before: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float,
+    voxels: int, mean: Tensor, var: Tensor, batches: Tensor, momentum: float,
+) -> Tensor:  # fmt: skip
+    running = mean, var, batches, momentum
+    return _finalized(own, before, gamma, beta, eps, voxels, Pooling("batch"), *running)
+
+
+def _finalized(
+    own: Moments, before: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float,
+    voxels: int, pooling: Pooling, *running: Any,
+) -> Tensor:  # fmt: skip
     n, c = own.mean.shape
     pools, members, *steps = pooling.pools(n, c)
     out = torch.empty(5, n, c, dtype=torch.float32, device=own.mean.device)
     tile.launch(
         _norm_finalize_kernel, out, configs.over_pools(pools, members),
         *map(_dense, (own.mean, own.var, before, gamma, beta)), out, eps,
-        pooling.unbiased(n, c, voxels), c, pools, members, *steps, n * c,
+        pooling.unbiased(n, c, voxels), *running, c, pools, members, *steps, n * c,
         FIXED=pooling.kind == "fixed",
     )  # fmt: skip
     return out

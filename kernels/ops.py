@@ -206,6 +206,16 @@ norm_finalize = PassRecord(
     of="tables",
 ).stated()  # fmt: skip
 
+norm_finalize_running = PassRecord(
+    reference.norm_finalize_running, "finalize.norm_finalize_running",
+    lambda own, *rest: layout.tables(own.mean, 5),
+    lambda s: [
+        (Moments(s.one, s.one), f, gamma, gamma, 1e-5, 8, s.table(c), s.table(c), s.counter, 0.1)
+        for c in s.shape[1:2] for gamma in (None, s.weights(c)) for f in (None, s.one)
+    ],
+    of="tables", changes=("mean", "var", "batches"),
+).stated()  # fmt: skip
+
 norm_finalize_backward = PassRecord(
     reference.norm_finalize_backward, "finalize.norm_finalize_backward",
     lambda sums, mean, *rest: layout.tables(mean, 4),

@@ -44,6 +44,10 @@ class PassRecord(Generic[P, R]):
         """That of the pass, of its operator and of its functions."""
         return self.reference.__name__
 
+    def names(self) -> list[str]:
+        """List the names of the arguments of the pass."""
+        return [*inspect.signature(self.reference).parameters]
+
     @property
     def schema(self) -> str:
         """The arguments and results of the operator, as torch writes them."""

@@ -298,6 +298,23 @@ def norm_finalize(
     return torch.stack([mean, var, rstd, scale, shift])
 
 
+def norm_finalize_running(
+    own: Moments, before: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float,
+    voxels: int, mean: Tensor, var: Tensor, batches: Tensor, momentum: float,
+) -> Tensor:  # fmt: skip
+    """`norm_finalize` of a batch, which also updates what a norm keeps for evaluation.
+
+    The running mean and variance (C,), in float32, move towards those of the batch, by the fraction
+    `momentum` of the way; one is added to the number of `batches`.
+    """
+    out = norm_finalize(own, before, gamma, beta, eps, voxels, Pooling("batch"))
+    new_mean, new_var = out[:2, :1].mean(1)  # the samples share theirs
+    mean.lerp_(new_mean.to(mean.dtype), momentum)
+    var.lerp_(new_var.to(var.dtype), momentum)
+    batches.add_(1)
+    return out
+
+
 def norm_finalize_backward(
     sums: Tensor, mean: Tensor, rstd: Tensor, centre: Tensor, before: Tensor | None,
     after: Tensor | None, gamma: Tensor | None, voxels: int, pooling: Pooling,

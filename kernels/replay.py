@@ -24,7 +24,8 @@ _SHARED = 2**20
 def record(function: Function, *given: Tensor | None) -> tuple[Function | None, tuple[Any, ...]]:
     """Run a function of tensors once; return its recording, and what it returned now.
 
-    There is no recording where it was found, after it had run, that none can repeat it.
+    The recording takes those that are not None. There is none where it was found, after the
+    function had run, that nothing can repeat it.
 
     Raises
     ------
@@ -75,6 +76,7 @@ class _Writer:
         """Compile it."""
         self._begin()
         for n, step in enumerate(self.tape.steps):
+            self.writes |= n == self.tape.changed
             if isinstance(step, Entry):
                 self._allocate(step)
             elif isinstance(step, Call):
@@ -92,7 +94,7 @@ class _Writer:
         self._unbind(others)
         found = [self._result(image), *map(self._argument, others)]
         self.lines.append(f"return {', '.join(found)},")
-        given = ", ".join(f"a{n}" for n in range(self.tape.nb_given))
+        given = ", ".join(one.name for one in self.tape.given)
         body = "".join(f"    {line}\n" for line in self.lines)
         exec(compile(f"def replay({given}):\n{body}", "<recording>", "exec"), self.known)
         return self.known["replay"]

@@ -84,7 +84,7 @@ class Tape(TorchDispatchMode):
         self.steps: list[Entry | Call | Start] = []  # an entry: it is allocated
         self.entries: dict[int, Entry] = {}  # by storage
         self.given = [Entry(f"a{n}", x, "given") for n, x in enumerate(given) if x is not None]
-        self.nb_given = len(given)
+        self.changed: int | None = None  # after how many steps what was given is other than before
         self.twins: set[tuple[str, str]] = set()  # of these, that are one tensor here
         self._alive: list[Any] = [given]  # so that no address is used twice
         self._outer: list[Tape | None] = []
@@ -104,7 +104,10 @@ class Tape(TorchDispatchMode):
             raise Unrecordable(f"the host reads a value ({func})")
         if func.namespace == "cassetta":
             with self:
-                return records.run(func)(*args, **kwargs)
+                out = records.run(func)(*args, **kwargs)
+            if func._schema.is_mutable and self.changed is None:
+                self.changed = len(self.steps)
+            return out
         out = func(*args, **kwargs)
         results = tuple(out) if isinstance(out, (tuple, list)) else (out,)
         self._alive += [out, [one.untyped_storage() for one in results if isinstance(one, Tensor)]]

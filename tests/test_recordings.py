@@ -105,7 +105,7 @@ def test_a_replay_gives_the_same_bits(name, train, kernels, engine):
     net, shape = NETS[name]()
     net = net.to(kernels).train(train)
     twin = copy.deepcopy(net)
-    for _ in range(3):
+    for _ in range(5):  # by the general path, traced and recorded, by a program, by its replays
         image = torch.randn(shape, device=kernels, requires_grad=train)
         with contextlib.nullcontext() if train else torch.no_grad():
             found = step(net, image)
@@ -221,7 +221,7 @@ def test_whatever_changes_nothing_stale_runs(seed, kernels, engine):
         image = images.pop()(torch.randn(2, 4, 25, device=kernels)).detach()
         image.requires_grad_(draw.random() < 0.7)
         dtype = draw.choice(DTYPES)
-        for _ in range(3):
+        for _ in range(4):
             found = step(net, image, dtype)
             with general():
                 assert_same(found, step(twin, image, dtype))
@@ -302,7 +302,7 @@ def test_gradients_of_many_outputs_at_once(kernels):
 
 def test_where_memory_is_short_nothing_is_recorded(monkeypatch):
     """A tape frees nothing before its end; the general path, which does, may still fit."""
-    monkeypatch.setattr(recordings, "_may_replay", lambda x: True)
+    monkeypatch.setattr(recordings, "may_replay", lambda x: True)
 
     def short(*given):
         raise torch.OutOfMemoryError

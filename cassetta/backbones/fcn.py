@@ -21,6 +21,7 @@ from cassetta.io.loadable import LoadableMixin
 from cassetta.layers import ConvGroup, DownConvGroup, DownGroup, UpConvGroup, UpGroup, fusing
 from cassetta.layers.levels import resampling
 from cassetta.layers.norm import check_statistics
+from cassetta.layers.repeated import repeated
 from cassetta.layers.simple import Chain, listed
 from cassetta.layers.updown import Level
 
@@ -97,6 +98,7 @@ class ConvEncoder(LoadableMixin, Chain):
             *(down(ndim, fine, coarse, **options) for fine, coarse in pairwise(features)),
         )
 
+    @repeated
     def forward(self, inp: Tensor, *, return_all: bool = False) -> Any:
         """
         Parameters
@@ -227,6 +229,7 @@ class ConvDecoder(LoadableMixin, Chain):
         # a single level has no way up to ask
         self._ndim, self._channels = check.dimensions(ndim), features[0]
 
+    @repeated
     def forward(self, *inp: Tensor, return_all: bool = False) -> Any:
         """
         Parameters

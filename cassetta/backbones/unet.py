@@ -17,6 +17,7 @@ from cassetta.core.utils import extrapolate
 from cassetta.functional import Deferred, defer, materialize
 from cassetta.io.loadable import LoadableMixin
 from cassetta.layers import fusing
+from cassetta.layers.repeated import repeated
 
 
 @fusing.fuses
@@ -132,6 +133,7 @@ class UNet(LoadableMixin, nn.Module):
         """Refuse an image that the encoder could not work with: see `ConvEncoder.check_image`."""
         self.encoder.check_image(inp)
 
+    @repeated
     def forward(self, inp: Tensor, *, return_all: bool = False) -> Any:
         """
         Parameters

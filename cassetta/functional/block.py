@@ -78,14 +78,15 @@ class Plan(NamedTuple):
         return Activation(self.activations[which], *numbers[2 * which : 2 * which + 2])
 
     def steps(
-        self, gamma: Any, beta: Any, weight: Any, factors: Sequence[Any], numbers: Sequence[float]
-    ) -> Steps:
+        self, gamma: Any, beta: Any, weight: Any, factors: Sequence[Any],
+        numbers: Sequence[float], running: Running | None = None,
+    ) -> Steps:  # fmt: skip
         """Return the steps, with their tensors; fixed statistics are not among these."""
         norm = None
         if self.norm is not None:
             pool, is_fixed = self.norm
             fixed = _KNOWN if is_fixed else None
-            norm = Normalization(gamma, beta, numbers[10], pool, fixed)
+            norm = Normalization(gamma, beta, numbers[10], pool, fixed, running)
         return Steps(self.word, self.activation(3, numbers), weight, norm, tuple(factors))
 
 
@@ -93,20 +94,12 @@ _KNOWN: Any = ()
 """Statistics that went into the tables already."""
 
 
-class Given(NamedTuple):
-    """What a node is given beside what it may differentiate."""
-
-    tensors: tuple[Tensor | None, ...]
-    numbers: tuple[float, ...]  # of the activations, and eps: a compiler may have them open
-    running: Running | None  # statistics that the node itself updates
-
-
-def given(
+def beside(
     tables: tuple[Tensor | None, ...], tables2: tuple[Tensor | None, ...],
     epilogue: tuple[Tensor | None, ...], prepared: Tables, factors: tuple[Tensor | None, ...],
-    own: tuple[Tensor | None, ...], numbers: tuple[float, ...], running: Running | None,
-) -> Given:  # fmt: skip
-    """Put together what a node is given.
+    own: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """List the tables that a node is given beside what it may differentiate.
 
     Parameters
     ----------
@@ -117,68 +110,34 @@ def given(
     own : tuple
         The moments of x, where they are known.
     """
-    tensors = (*tables, *tables2, *epilogue, *prepared, *factors, *own)
-    return Given(tensors, numbers, running)
+    return (*tables, *tables2, *epilogue, *prepared, *factors, *own)
 
 
-_TABLES, _FACTORS = 17, 17 + len(Tables._fields)  # where they begin
-
-
-def flat(given: Given) -> tuple[Any, ...]:
-    """Return it as arguments of a node: as it is, or in parts, which a compiler asks for."""
-    if not torch.compiler.is_compiling():
-        return (given,)
-    tensors, numbers, _ = given
-    return *tensors, *numbers
-
-
-def unflat(flat: Sequence[Any]) -> Given:
-    """Return what `flat` was given; a compiler's node updates no statistics."""
-    if len(flat) == 1:
-        return flat[0]
-    n = _FACTORS + 5
-    return Given(tuple(flat[:n]), tuple(flat[n:]), None)
-
-
-def evaluate(plan: Plan, inputs: tuple[Tensor | None, ...], given: Given) -> tuple[Any, ...]:
-    """Return what `compute` does, by its recording if there is one."""
-    if is_unrecorded(plan):
-        return compute(plan, *inputs, given)  # type: ignore[arg-type]
-    tensors, numbers, running = given
-    kept: tuple[Tensor | None, ...] = (None,) * 3 if running is None else running[:3]
-    how = None if running is None else running[3:]
-
-    def again(x: Any, x2: Any, w: Any, b: Any, r: Any, *rest: Any) -> Any:
-        gamma, beta, weight, *others, mean, var, batches = rest
-        own = Given(tuple(others), numbers, None)
-        y, out, *found = compute(plan, x, x2, w, b, r, gamma, beta, weight, own)
-        if plan.norm is not None and not plan.norm[1]:
-            if how is not None:  # last: what is raised before has changed nothing
-                Running(mean, var, batches, *how).update(found)
-            found[3] = None  # nobody else asks for the variance
-        return y, out, *found
-
-    return recordings.run(("forward", plan, numbers, how), again, inputs + tensors + kept)
-
-
-def is_unrecorded(plan: Plan) -> bool:
-    """Tell whether nothing is recorded: a compiler traces, or other processes share statistics."""
-    return torch.compiler.is_compiling() or (
-        plan.norm is not None and plan.norm[0].process_group is not None
-    )
+_TABLES, _FACTORS = 17, 17 + len(Tables._fields)  # where they begin among these
+_BESIDE = _FACTORS + 5
 
 
 def compute(
-    plan: Plan, x: Tensor, x2: Tensor | None, w: Tensor | None, b: Tensor | None,
-    r: Tensor | None, gamma: Any, beta: Any, weight: Any, given: Given,
+    plan: Plan, numbers: tuple[float, ...], inputs: Sequence[Any], tensors: Sequence[Any],
+    running: Running | None = None,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Compute y, room that stands for its sums, and what its norm amounts to, or else its moments.
 
-    What a norm amounts to is returned if it depends on y: `standardize` says what that is.
+    What a norm amounts to is returned if it depends on y: `standardize` says what that is. Running
+    statistics are updated in the end: what is raised before has changed nothing.
+
+    Parameters
+    ----------
+    numbers : tuple
+        Those of the activations, and eps: a compiler may have them open.
+    inputs : sequence
+        x, x2, w, b, residual, gamma, beta, weight, as far as they are there.
+    tensors : sequence
+        As `beside` lists them.
     """
-    tensors, numbers, _ = given
+    x, x2, w, b, r, gamma, beta, weight = inputs
     prepared, own = Tables(*tensors[_TABLES:_FACTORS]), None
-    steps = plan.steps(gamma, beta, weight, tensors[_FACTORS : _FACTORS + 3], numbers)
+    steps = plan.steps(gamma, beta, weight, tensors[_FACTORS : _FACTORS + 3], numbers, running)
     if tensors[-1] is not None:
         own = Moments(*tensors[-2:])  # type: ignore[arg-type]
     y = x
@@ -206,61 +165,55 @@ def compute(
     return y, out, *normalized(y, steps, prepared, own)
 
 
-class Block(Function):
-    """The node: (plan, told, x, its sums, x2, its sums, w, b, residual, gamma, beta, weight,
-    *flat(tensors)) to (y, its sums).
+def saved(
+    plan: Plan, inputs: Sequence[Any], tensors: Sequence[Any], y: Any, found: Sequence[Any]
+) -> tuple[Any, ...]:
+    """List what a node keeps for its backward, tables last; some of it is None.
 
-    What its norm amounts to is put into `told`, after whether readers return sums, for results of
-    a node cost the host time; a compiler, which follows no such object, gets it as results.
+    Parameters
+    ----------
+    found : sequence
+        What `compute`, of the same inputs and tensors, has found beside y and its sums.
+    """
+    x, x2, w, b, _, gamma, beta, weight = inputs
+    tables = Tables(*tensors[_TABLES:_FACTORS])
+    if plan.norm is not None and not plan.norm[1]:
+        tables = completed(tables, plan.word, found)
+    return (
+        None if plan.product is None else x, x2, w, b,
+        y if plan.word else None,  # a mere factor asks for no image
+        gamma, beta, weight, *tensors[:12], *tables, *tensors[_FACTORS : _FACTORS + 3],
+    )  # fmt: skip
+
+
+class Compiled(Function):
+    """The node as compilers see it: (plan, inputs of `compute`, tensors, numbers) to (y, *found).
+
+    All that it returns is a result of it, and no reader returns sums.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, plan: Plan, told: list[Any], x: Tensor, sums: Any, x2: Any, sums2: Any,
-        w: Any, b: Any, r: Any, gamma: Any, beta: Any, weight: Any, *rest: Tensor | None,
+        ctx: Any, plan: Plan, x: Tensor, x2: Any, w: Any, b: Any, r: Any, gamma: Any, beta: Any,
+        weight: Any, *rest: Any,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        given = unflat(rest)
-        others, numbers, _ = given
-        y, out, *found = evaluate(plan, (x, x2, w, b, r, gamma, beta, weight), given)
-        tables = Tables(*others[_TABLES:_FACTORS])
-        if plan.norm is not None and not plan.norm[1]:
-            tables = completed(tables, plan.word, found)
-        # a mere factor asks for no image
-        kept = y if plan.word else None
-        ctx.save_for_backward(
-            None if plan.product is None else x, x2, w, b, kept, gamma, beta, weight,
-            *others[:12], *tables, *others[_FACTORS : _FACTORS + 3],
-        )  # fmt: skip
-        ctx.given = plan, numbers, told, (sums is not None, sums2 is not None), len(rest)
+        inputs = x, x2, w, b, r, gamma, beta, weight
+        tensors, numbers = rest[:_BESIDE], rest[_BESIDE:]
+        y, _, *found = compute(plan, numbers, inputs, tensors)
+        ctx.save_for_backward(*saved(plan, inputs, tensors, y, found))
+        ctx.given = plan, numbers
         ctx.set_materialize_grads(False)
-        y = y.view_as(y) if plan.product is None else y
-        if torch.compiler.is_compiling():
-            ctx.mark_non_differentiable(*(one for one in found if one is not None))
-            return y, out, *found
-        told.append(found)
-        return y, out
+        ctx.mark_non_differentiable(*(one for one in found if one is not None))
+        return y.view_as(y) if plan.product is None else y, *found
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, g: Tensor, sums: Tensor | None = None, *found: Any) -> tuple:
-        plan, numbers, told, reads_sums, nb_others = ctx.given
-        back = Backward(plan, numbers, tuple(ctx.needs_input_grad[2:12]), reads_sums)
-        tensors = g, sums if told[0] else None, *ctx.saved_tensors
-        if is_unrecorded(plan):
-            grads = back.compute(*tensors)
-        else:
-            grads = recordings.run(("backward", back), back.compute, tensors)
-        return None, None, *grads, *[None] * nb_others
-
-
-def node(*arguments: Any) -> tuple[Any, ...]:
-    """Return `Block.apply`, without what it does for torch's transforms of functions.
-
-    No kernel runs where one is active.
-    """
-    if torch.compiler.is_compiling():
-        return Block.apply(*arguments)  # type: ignore[return-value]
-    return super(Function, Block).apply(*arguments)  # type: ignore[return-value]
+    def backward(ctx: Any, g: Tensor, *found: Any) -> tuple:
+        plan, numbers = ctx.given
+        x, x2, *others = ctx.needs_input_grad[1:9]
+        back = Backward(plan, numbers, (x, False, x2, False, *others), (False, False))
+        dx, _, dx2, _, *grads = back.compute(g, None, *ctx.saved_tensors)
+        return None, dx, dx2, *grads, *[None] * (_BESIDE + len(numbers))
 
 
 class Backward(NamedTuple):

@@ -24,6 +24,7 @@ from cassetta.functional.block import Image, Product
 from cassetta.functional.launch import Launch, transformed
 from cassetta.functional.nodes import Materialize, MaterializeMoments
 from cassetta.functional.norm import Normalization
+from cassetta.functional.programs import applied
 from cassetta.functional.steps import Steps
 from cassetta.kernels import layout
 from cassetta.kernels.engines import ENGINES
@@ -201,7 +202,7 @@ class Deferred:
             x, prologue = image.alone(), image.prologue
             dtype = self._dtype(x, residual)
             if not prologue.is_identity():
-                self._z = Materialize.apply(x, *flat(prologue), residual, dtype)  # type: ignore
+                self._z = applied(Materialize, x, *flat(prologue), residual, dtype)
             else:
                 self._z = x.to(dtype) if residual is None else x.to(dtype) + residual
         return self._z  # type: ignore[return-value]
@@ -219,7 +220,7 @@ class Deferred:
         image = of.read()
         x = image.alone()
         given = (x, *flat(image.prologue), residual, self._dtype(x, residual))
-        z, *own = MaterializeMoments.apply(*given)  # type: ignore[misc]
+        z, *own = applied(MaterializeMoments, *given)
         self._z, self._own_of_z = z, Moments(*own)
         return Deferred(z, own=self._own_of_z)
 

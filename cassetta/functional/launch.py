@@ -12,16 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cassetta.functional.block import (
-    Image,
-    Plan,
-    Product,
-    evaluate,
-    flat,
-    given,
-    is_unrecorded,
-    node,
-)
+from cassetta.functional.block import Compiled, Image, Plan, Product, beside, compute
+from cassetta.functional.sites import Site
 from cassetta.functional.steps import Steps, completed, prepared
 from cassetta.kernels.engines import ENGINES
 from cassetta.kernels.types import NOTHING, Activation, Moments, Prologue, apart
@@ -135,28 +127,33 @@ def _node(
             launch.product, launch.second, launch.weight, launch.bias, launch.residual,
         )  # fmt: skip
         epilogue, like = launch.epilogue, launch.like
-    sums, sums2 = _sums(x, product), _sums(second, product)
-    gamma, beta, weight = steps.parameters()
-    inputs = (x.x, sums, None if second is None else second.x, sums2, w, b, r, gamma, beta, weight)
+    inputs = (x.x, None if second is None else second.x, w, b, r, *steps.parameters())
     wanted = [one for one in inputs if one is not None and one.requires_grad]
-    is_node = torch.is_grad_enabled() and len(wanted) > 0
-    norm = steps.norm
-    told: list[Any] = [is_node and norm is not None and not torch.compiler.is_compiling()]
+    is_node, norm = torch.is_grad_enabled() and len(wanted) > 0, steps.norm
+    traces = torch.compiler.is_compiling()
+    told: list[Any] = [is_node and norm is not None and not traces]
     tables = prepared(like, steps)
     plan, numbers = _plan(product, x, second, epilogue, steps, of, (by_result, leaves, told[0]))
-    running = None if norm is None or is_unrecorded(plan) else norm.running
-    others = given(
-        _tables(x), _tables(second), apart(epilogue), tables, steps.factors,
-        (None, None) if own is None else own, numbers, running,
-    )  # fmt: skip
-    out = None
-    if is_node:
-        z, out, *found = node(plan, told, *inputs, *flat(others))
-        found = found or told.pop()
+    tensors = beside(
+        _tables(x),
+        _tables(second),
+        apart(epilogue),
+        tables,
+        steps.factors,
+        (None, None) if own is None else own,
+    )
+    out = running = None
+    sums = _sums(x, product), _sums(second, product)
+    if not traces:
+        if norm is not None and norm.pool.process_group is None:
+            running = norm.running
+        site = Site(plan, numbers, inputs, sums, tensors, running)
+        z, out, *found = site(told if is_node else None, inputs, sums, tensors, running)
+    elif is_node:
+        z, *found = Compiled.apply(plan, *inputs, *tensors, *numbers)  # type: ignore[misc]
     else:
-        x1, _, x2, _, *parameters = inputs
         with torch.no_grad():
-            z, _, *found = evaluate(plan, (x1, x2, *parameters), others)
+            z, _, *found = compute(plan, numbers, inputs, tensors)
     if norm is None or norm.fixed is not None:
         own = None if found[0] is None else Moments(*found[:2])  # type: ignore[arg-type]
     else:
@@ -175,7 +172,7 @@ def _plan(
     product: Product | None, x: Image, second: Image | None, epilogue: Prologue, steps: Steps,
     of: Activation | None, flags: tuple[bool, bool, bool],
 ) -> tuple[Plan, tuple[float, ...]]:  # fmt: skip
-    """Return what a node does, and the numbers that it needs (`Given`)."""
+    """Return what a node does, and the numbers that it needs (`block.compute`)."""
     p2, outer2 = (NOTHING, False) if second is None else (second.prologue, second.outer)
     own = Activation() if of is None else of
     activations = (

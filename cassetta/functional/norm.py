@@ -51,6 +51,12 @@ class Running(NamedTuple):
     momentum: float | None  # None: all batches weigh the same
     averaged: bool  # over samples, which have statistics of their own
 
+    def are_plain(self) -> bool:
+        """Tell whether `norm_finalize_running` updates such."""
+        kept = self.mean, self.var
+        are_dense = all(one.dtype is torch.float32 and one.is_contiguous() for one in kept)
+        return are_dense and self.batches is not None and self.momentum is not None
+
     def update(self, found: Sequence[Tensor | None]) -> None:
         """Take in what `standardize` found; all is computed before anything is changed."""
         mean, var, batches, momentum, averaged = self
@@ -78,6 +84,11 @@ class Normalization(NamedTuple):
     fixed: Moments | None = None
     running: Running | None = None  # is told the pooled statistics
 
+    def updates(self) -> bool:
+        """Tell whether its pass also updates the running statistics."""
+        running, (kind, _, group) = self.running, self.pool
+        return running is not None and kind == "batch" and group is None and running.are_plain()
+
 
 def standardize(
     x: Tensor, own: Moments | None, before: Tensor | None, norm: Normalization
@@ -86,7 +97,8 @@ def standardize(
 
     Returns (N, C) tables: scale, shift, mean, unbiased variance, rstd, and what its sums are
     centred at. And, where other processes share the statistics, their mean and unbiased variance
-    (1, C); else none.
+    (1, C); else none. Running statistics are updated by the pass that finds the tables, if that is
+    the last one (`norm.updates`).
     """
     n, pool = x.shape[0], norm.pool
     pooling = pool.pooling()
@@ -101,7 +113,11 @@ def standardize(
         pooled, total = _moments_of_all(mine, n * voxels, pool.process_group)
         of_all = pooled.mean, pooled.var * (total / (total - 1).clamp(min=1))
         found, pooling = Moments(*(one.repeat(n, 1) for one in pooled)), FIXED
-    tables = ops.norm_finalize(found, before, norm.gamma, norm.beta, norm.eps, voxels, pooling)
+    given = found, before, norm.gamma, norm.beta, norm.eps, voxels
+    if norm.updates():
+        tables = ops.norm_finalize_running(*given, *norm.running[:4])  # type: ignore
+    else:
+        tables = ops.norm_finalize(*given, pooling)
     mean, var, rstd, scale, shift = tables.unbind()
     return scale, shift, mean, var, rstd, own.mean, *of_all
 

@@ -12,6 +12,7 @@ from torch.autograd import Function
 from cassetta.functional import recordings
 from cassetta.functional.deferred import Deferred
 from cassetta.functional.nodes import first_order
+from cassetta.functional.programs import applied
 from cassetta.kernels import ops
 from cassetta.kernels.types import flat
 
@@ -22,7 +23,7 @@ def max_pool(x: Deferred, window: tuple[int, ...]) -> Tensor:
     Voxels that a size leaves over at the end are dropped, as `torch.nn.MaxPool3d(window)` does.
     """
     image = x.settled().read()
-    return _MaxPool.apply(image.alone(), *flat(image.prologue), window)  # type: ignore[return-value]
+    return applied(_MaxPool, image.alone(), *flat(image.prologue), window)
 
 
 class _MaxPool(Function):

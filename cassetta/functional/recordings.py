@@ -12,7 +12,7 @@ import importlib
 import os
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -46,7 +46,10 @@ _gone = 0
 _one_at_a_time = threading.Lock()
 
 
-def run(what: Any, function: tape.Function, tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def run(
+    what: Any, function: tape.Function, tensors: Sequence[Tensor | None],
+    keep: Callable[[Any], None] | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
     """Return function(*tensors), by its recording if it has one.
 
     Parameters
@@ -55,9 +58,11 @@ def run(what: Any, function: tape.Function, tensors: Sequence[Tensor | None]) ->
         All that the function does depends on, beside the tensors and the settings.
     function : callable
         What it changes among the tensors, it changes at its end, so that it can begin anew.
+    keep : callable, optional
+        Is given its recording, which takes the tensors that are not None.
     """
     first = tensors[0]
-    if torch.compiler.is_compiling() or first is None or not _may_replay(first):
+    if torch.compiler.is_compiling() or first is None or not may_replay(first):
         return function(*tensors)
     facts: list[Any] = []
     for x in tensors:
@@ -70,11 +75,19 @@ def run(what: Any, function: tape.Function, tensors: Sequence[Tensor | None]) ->
                 facts.append(layout.is_in_words(x))
         else:
             return function(*tensors)
-    key = what, tuple(facts), first.data_ptr() % 16, _settings(first)
+    whole = what, tuple(facts), first.data_ptr() % 16, settings(first)
     if not torch.is_autocast_enabled(first.device.type):  # a context costs the host, too
-        return _found(key, function, tensors)
-    with unrounded(first):
-        return _found(key, function, tensors)
+        out = _found(whole, function, tensors)
+    else:
+        with unrounded(first):
+            out = _found(whole, function, tensors)
+    if keep is not None and callable(again := _known.get(whole)):
+        keep(again)
+    return out
+
+
+def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [x for x in tensors if x is not None]
 
 
 def _found(key: Any, function: tape.Function, tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
@@ -89,7 +102,7 @@ def _found(key: Any, function: tape.Function, tensors: Sequence[Tensor | None]) 
                 _keep(key, NEVER if again is None else again)
                 return out  # (a graph that is captured would keep the memory of a tape)
         elif found is not NEVER:
-            return found(*tensors)
+            return found(*_present(tensors))
     except tape.Unrecordable:
         _keep(key, NEVER)
     except tape.Changed:  # recorded anew, once
@@ -130,21 +143,27 @@ def transform(
     return run((name, act, p, q, numbers), again, (x, s1, t1, slope, s2, t2, *others))
 
 
-def _may_replay(x: Tensor) -> bool:
+def may_replay(x: Tensor) -> bool:
     """Tell whether nobody looks at what is done on the way, and kernels do it."""
-    device = x.device
     return (
-        _enabled
-        and x.numel() > 0
-        and not _nb_modes()
-        and not _nb_function_modes()
-        and device.type == machine.kernels_on()
+        x.numel() > 0
+        and x.device.type == machine.kernels_on()
         and not dispatch.on_reference(x)
-        and not plans.is_listening()
-        and machine.is_current(device)
-        and _level() is None
-        and _has_storage(x)  # a batched tensor has none
-        and not _are_hooked()
+        and is_unseen(x)
+    )
+
+
+def is_unseen(x: Tensor) -> bool:
+    """Tell whether nobody looks at what is done to a tensor."""
+    return not (
+        _nb_modes()
+        or _nb_function_modes()
+        or _level() is not None
+        or not _has_storage(x)  # a batched tensor has none
+        or _are_hooked()
+        or not _enabled
+        or plans.is_listening()
+        or not machine.is_current(x.device)
     )
 
 
@@ -154,7 +173,7 @@ _level: Any = torch._C._functorch.maybe_current_level  # pyright: ignore
 _has_storage: Any = torch._C._has_storage
 
 
-def _settings(x: Tensor) -> tuple[Any, ...]:
+def settings(x: Tensor) -> tuple[Any, ...]:
     """What else the passes over such an image depend on."""
     exact = precision.of_convolutions() if x.dtype is torch.float32 else ""
     return evidence.changes, plans.forced(), exact

@@ -26,6 +26,7 @@ from cassetta.core.later import interpol
 from cassetta.functional import recordings
 from cassetta.functional.deferred import Deferred
 from cassetta.functional.nodes import first_order
+from cassetta.functional.programs import applied
 from cassetta.kernels import layout, ops, reference
 from cassetta.kernels.types import Grid, flat
 
@@ -115,7 +116,7 @@ def resize_deferred(x: Deferred, size: tuple[int, ...], grid: Grid) -> Tensor:
     For backward nothing is kept: the gradient of z depends on that of the result alone.
     """
     image = x.settled().read()
-    return _Resize.apply(image.alone(), *flat(image.prologue), size, grid)  # type: ignore[return-value]
+    return applied(_Resize, image.alone(), *flat(image.prologue), size, grid)
 
 
 class _Resize(Function):
@@ -156,7 +157,7 @@ def fit_at_once(inp: Tensor, size: Sequence[int]) -> Tensor:
         return inp
     if torch.compiler.is_compiling():  # which makes one pass of it anyway
         return fit(inp, size)
-    return _Fit.apply(inp, tuple(size))  # type: ignore[return-value]
+    return applied(_Fit, inp, tuple(size))
 
 
 class _Fit(Function):

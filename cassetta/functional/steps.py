@@ -141,10 +141,16 @@ def normalized(
     if norm.fixed is None and own is None:
         is_inner = steps.word[0] == "n"
         own = ops.moments(x, NOTHING if is_inner else tables.prologue(steps.activation))
+    gamma, beta, eps, pool, fixed, running = norm
+    if after is not None:  # nothing is changed before the end
+        norm = Normalization(gamma, beta, eps, pool, fixed)
     scale, shift, *others = standardize(x, own, tables.before, norm)
     if after is not None:
         scale, shift = after * scale, after * shift  # type: ignore[operator]
-    return scale, shift, *others
+    found = scale, shift, *others
+    if running is not None and not norm.updates():
+        running.update(found)
+    return found
 
 
 def completed(tables: Tables, word: str, found: Sequence[Tensor | None]) -> Tables:

@@ -25,6 +25,7 @@ from cassetta.layers.conv import make_conv
 from cassetta.layers.decisions import recalled
 from cassetta.layers.dropout import make_dropout
 from cassetta.layers.norm import make_norm
+from cassetta.layers.repeated import repeated
 from cassetta.layers.simple import ModuleGroup, Stack
 
 LAYERS = {"n": "norm", "c": "conv", "d": "dropout", "a": "activation", "x": "attention"}
@@ -124,6 +125,7 @@ class ConvBlock(Stack):
         for letter in self.order:
             setattr(self, LAYERS[letter], layers[letter])
 
+    @repeated
     def forward(self, inp: Tensor) -> Tensor:
         """(B, inp_channels, *size) -> (B, out_channels, *size)"""
         return materialize(self.defer(defer(inp)))

@@ -8,12 +8,12 @@ what follows from them is found once.
 import functools
 import itertools
 import operator
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, ValuesView
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import distributed as dist, nn
+from torch import Tensor, distributed as dist, nn
 from torch.nn.modules import module as torch_module
 
 from cassetta.functional import Deferred
@@ -26,9 +26,17 @@ LIMIT = 64
 """For how many kinds of images a module keeps what was decided; then it begins anew."""
 
 
-Look = Callable[[], list[Any]]
-_known: WeakKeyDictionary[nn.Module, tuple[Look, list[Any], dict[Any, Any]]] = WeakKeyDictionary()
-"""By module: what looks at it, what that saw, and what was decided then by the kinds of images.
+class _Known(NamedTuple):
+    """What is known of a module."""
+
+    look: Callable[[], list[Any]]
+    facts: list[Any]  # what that saw
+    found: dict[Any, Any]  # what was decided then, by the kinds of images
+    views: list[ValuesView[Tensor | None]]  # its parameters and buffers, and those within
+
+
+_known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+"""By module.
 
 None of it holds the module, so that this goes when the module goes. Threads replace it as one.
 """
@@ -46,50 +54,61 @@ def recalled(module: nn.Module, x: Deferred, decide: Callable[[Deferred], T]) ->
         return decide(x)
     if type(x.image) not in dispatch.PLAIN or "_is_replica" in module.__dict__:
         return decide(x)  # (a replica of DataParallel lives for one call)
-    found, kind = _of(module), _kind(x)
+    found, kind = of(module)[0], _kind(x)
     decided = found.get(kind)
-    if decided is None:
-        if len(found) >= LIMIT:
-            found.clear()
-        decided = found[kind] = decide(x)
+    return add(found, kind, decide(x)) if decided is None else decided
+
+
+def add(found: dict[Any, Any], kind: Any, decided: T) -> T:
+    """Keep what was decided for a kind of image, and return it."""
+    if len(found) >= LIMIT:
+        found.clear()
+    found[kind] = decided
     return decided
 
 
-def _of(module: nn.Module) -> dict[Any, Any]:
-    """Return what was decided for the module as it is now, to be added to."""
-    look, known, found = _known.get(module, _NOTHING)
+def of(module: nn.Module) -> tuple[dict[Any, Any], list[Tensor]]:
+    """Return what was decided for the module as it is now, and its parameters and buffers."""
+    look, known, found, views = _known.get(module, _NOTHING)
     facts = look()
     facts.append(type(module))
     if len(facts) != len(known) or not all(map(operator.is_, facts, known)):
-        look, found = _looking_at(module), {}
-        _known[module] = look, [*look(), type(module)], found
-    return found
+        (look, views), found = _looking_at(module), {}
+        _known[module] = _Known(look, [*look(), type(module)], found, views)
+    return found, [x for view in views for x in view if x is not None]
 
 
-def _looking_at(module: nn.Module) -> Look:
+def _looking_at(
+    module: nn.Module,
+) -> tuple[Callable[[], list[Any]], list[ValuesView[Tensor | None]]]:
     """Return what lists all that a module and those within are, but for the values of tensors.
 
     The children of each module are in the list, so a module that is added or removed is noticed.
     """
     _, *within = module.modules()
     if any(isinstance(one, torch.jit.ScriptModule) for one in within):
-        return lambda: [object()]  # what is compiled cannot be looked at: each time it is another
+        return lambda: [object()], []  # what is compiled cannot be seen: each time it is another
     views: list[Any] = []
-    tensors: list[Any] = []
+    tensors: list[ValuesView[Tensor | None]] = []
+    registers: list[Any] = []  # most of which are empty, and need no more than to be counted
     for own in (one.__dict__ for one in (module, *within)):
         views.append(own.values())
         for name in ("_parameters", "_buffers"):
-            views.append(own[name].keys())
-            tensors.append(own[name].values())
-        views += (own[name].values() for name in ("_modules", *_HOOKS))
+            views += [own[name].keys()] * bool(own[name])
+            tensors += [own[name].values()] * bool(own[name])
+        named = [own[name] for name in ("_modules", *_HOOKS)]
+        views += [one.values() for one in named if one]
+        registers += [own["_parameters"], own["_buffers"], *named]
     chained = itertools.chain.from_iterable
-    kinds = [type(one) for one in within]
-    return lambda: [
-        *map(type, within), *map(_forward, kinds), *chained(views), *map(_is_none, chained(tensors))
+    kinds = {type(one) for one in within}
+    look = lambda: [  # noqa: E731
+        *map(type, within), *map(_forward, kinds), *map(len, registers), *chained(views),
+        *map(_is_none, chained(tensors)),
     ]  # fmt: skip
+    return look, tensors
 
 
-_NOTHING: tuple[Look, list[Any], dict[Any, Any]] = (lambda: [], [], {})
+_NOTHING = _Known(lambda: [], [], {}, [])
 """Of a module that nobody has looked at."""
 
 _IS_DISTRIBUTED = dist.is_available()
@@ -101,17 +120,19 @@ _HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 def _kind(x: Deferred) -> Any:
     """Return all of an image, and of the process, that decisions depend on."""
     image = x.image
-    device = image.device
-    kind = device.type
-    rounded = None  # to what autocast rounds, where kernels may run
-    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
-        rounded = torch.get_autocast_dtype(kind)
     others: Any = ()
     if not x.is_settled and len(x.parts) > 1:
         others = [(part.shape[1], part.is_last) for part in x.parts]
+    form = type(image), image.shape, image.dtype, image.device
+    return *form, x.is_last, *others, process(image)
+
+
+def process(x: Tensor) -> tuple[Any, ...]:
+    """Return all of the process, and of this thread, that decisions on an image depend on."""
+    kind = x.device.type
+    rounded = None  # to what autocast rounds, where kernels may run
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        rounded = torch.get_autocast_dtype(kind)
     hooked = bool(torch_module._has_any_global_hook())
     world = dist.group.WORLD if _IS_DISTRIBUTED else None
-    return (
-        type(image), image.shape, image.dtype, device, x.is_last, *others, rounded, hooked, world,
-        torch.is_grad_enabled(), dispatch.settings(),
-    )  # fmt: skip
+    return rounded, hooked, world, torch.is_grad_enabled(), dispatch.settings()

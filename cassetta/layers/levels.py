@@ -18,6 +18,7 @@ from cassetta.core.typing import (
 from cassetta.functional import Deferred, defer, materialize
 from cassetta.layers import fusing
 from cassetta.layers.blocks import ConvGroup
+from cassetta.layers.repeated import repeated
 from cassetta.layers.simple import Chain, listed
 from cassetta.layers.updown import (
     DownConv,
@@ -50,6 +51,7 @@ class DownGroup(Chain):
         """Whether `forward` also returns the indices of the pooled maxima."""
         return getattr(self[0], "return_indices", False)
 
+    @repeated
     def forward(self, inp: Tensor) -> Any:
         """(B, inp_channels, *size) -> (B, out_channels, *(size // factor)) [, indices]"""
         if self.return_indices:
@@ -139,6 +141,7 @@ class UpGroup(Chain):
         super().__init__(module_up, module_block)
         self.skip = skip
 
+    @repeated
     def forward(self, inp: Tensor, *skips: Tensor, indices: Tensor | None = None) -> Tensor:
         """
         Parameters

@@ -12,6 +12,7 @@ from cassetta.core.typing import OneOrSeveral
 from cassetta.functional import Deferred, defer, materialize
 from cassetta.layers import fusing
 from cassetta.layers.decisions import recalled
+from cassetta.layers.repeated import repeated
 
 
 class Cat(nn.Module):
@@ -105,6 +106,7 @@ class ModuleSum(nn.ModuleList):
         """Number of output channels."""
         return self[-1].out_channels
 
+    @repeated
     def forward(self, inp: Tensor) -> Tensor:
         """(B, inp_channels, *size) -> (B, out_channels, *size)"""
         if not len(self):
@@ -199,6 +201,7 @@ class ModuleGroup(Chain):
             return ModuleGroup(list(self)[index], residual=self.residual, skip=skip)
         return super().__getitem__(index)
 
+    @repeated
     def forward(self, inp: Tensor, *, return_all: bool = False) -> Any:
         """
         Parameters

@@ -13,6 +13,7 @@ from cassetta.kernels.types import Geometry
 from cassetta.layers import fusing
 from cassetta.layers.decisions import recalled
 from cassetta.layers.interpol import Resize
+from cassetta.layers.repeated import repeated
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 CONV_TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -40,6 +41,7 @@ class Level(nn.Module):
         self.out_channels = check.whole("out_channels", inp if out is None else out)
         self.factor = check.per_dimension("factor", factor, ndim)
 
+    @repeated
     def forward(self, inp: Tensor) -> Any:
         """(B, inp_channels, *size) -> (B, out_channels, *(size // factor, or size * factor))"""
         return materialize(self.defer(defer(inp)))

@@ -206,10 +206,13 @@ class Work:
         return SLACK[self.x.dtype]
 
     def step(self, passes: Any, name: str) -> Step:
-        """What a pass makes of it."""
+        """What a pass makes of it, and what it changes."""
         found: list[Tensor] = []
-        for arguments in self.arguments(name):
+        changes = [*map(ops.PASSES[name].names().index, ops.PASSES[name].changes)]
+        for given in self.arguments(name):
+            arguments = [x.clone() if n in changes else x for n, x in enumerate(given)]
             out = getattr(passes, name)(*arguments)
+            found += [arguments[n] for n in changes]
             if name == "max_pool":
                 out = out[0]  # rounding decides where it is
             elif name == "prologue_sums" and arguments[2].slope is None:

@@ -11,6 +11,7 @@ from cassetta.core.typing import ActivationType, OneOrSeveral
 from cassetta.functional import Deferred, materialize
 from cassetta.io.loadable import LoadableMixin
 from cassetta.layers import ConvBlock, fusing
+from cassetta.layers.repeated import repeated
 from cassetta.layers.simple import Chain, listed
 
 BACKBONES = {
@@ -111,6 +112,7 @@ class SegNet(LoadableMixin, Chain):
             opt_features={"dilation": first, **preset.block_options()},
         )  # fmt: skip
 
+    @repeated
     def forward(self, inp: Tensor) -> Tensor:
         """(B, inp_channels, *size) -> (B, out_channels, *size)
 

@@ -1,0 +1,206 @@
+"""A node of autograd at its place in a network, and what it replays there.
+
+A site knows which of the many tensors of a node (`block.compute`) there are. In a program it stays
+while tensors come and go: so its node is given these alone, its replays are found without a key,
+and a backward asks no more than what may have changed since the program ran.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from cassetta.functional import recordings
+from cassetta.functional.block import Backward, Plan, compute, saved
+from cassetta.functional.nodes import first_order
+from cassetta.functional.norm import Running
+from cassetta.functional.programs import called
+from cassetta.kernels import layout, tape
+
+_INPUTS = 8
+"""Of `block.compute`: what may need gradients; and how many of what is saved are no tables."""
+
+_GRADIENTS = 0, 2, 4, 5, 6, 7, 8, 9, 1, 3
+"""Where, among what `block.Backward` returns, are the gradients of the inputs, and of sums."""
+
+_LEARNED = 2, 3, 5, 6, 7
+"""Parameters, among the inputs, and among what is saved."""
+
+
+class Site:
+    """What a node does, and where its tensors are among those that there are; it holds none.
+
+    Its functions take the tables, as a tuple, since autograd has nothing to do with them: those of
+    `block.beside`, and running statistics; and one by one the inputs of `block.compute`, and what
+    stands for the sums of images.
+    """
+
+    def __init__(
+        self, plan: Plan, numbers: tuple[float, ...], inputs: Sequence[Any], sums: Sequence[Any],
+        tensors: Sequence[Any], running: Running | None,
+    ) -> None:  # fmt: skip
+        tables = [*tensors, *_kept(running)]
+        self._plan, self._numbers = plan, numbers
+        self._how = None if running is None else running[3:]
+        self._is_shared = plan.norm is not None and plan.norm[0].process_group is not None
+        self._reads_sums = (sums[0] is not None, sums[1] is not None)
+        self._forward: Callable[..., Any] | None = None
+        self._backward: dict[Any, Callable[..., Any]] = {}
+        self.is_view = plan.product is None
+        self.nb_inputs = len(_present(inputs))
+        self._places = _places([*inputs, *tables])
+        # what is saved: of inputs and y, and of tables and what is found
+        found = [*range(n := len(_present(tables)), n + 8)]
+        places = self._places[:_INPUTS], _places(tables)[: len(tensors)], self.nb_inputs, found
+        parts = saved(plan, *places)
+        self._saved = _places(parts)
+        self.saved = _picker(_present(parts[:_INPUTS]))
+        self.saved_tables = _picker(_present(parts[_INPUTS:]))
+        self._learned = _present([self._saved[n] for n in _LEARNED])
+        # of each input, the place of its gradient among None and what `Backward` returns
+        own = zip(_GRADIENTS, (*inputs, *sums), strict=True)
+        grads = [place + 1 for place, x in own if x is not None]
+        self._needs = [grads.index(n + 1) + 3 if n + 1 in grads else None for n in range(10)]
+        self.gradients = _picker([0, 0, 0, *grads])
+
+    def __call__(
+        self, told: list[Any] | None, inputs: Sequence[Any], sums: Sequence[Any],
+        tensors: Sequence[Any], running: Running | None,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        """Return what `block.compute` does: one call of the program that is traced, if any.
+
+        Parameters
+        ----------
+        told : list, optional
+            Whether readers return sums, once that is known; None where no gradient is asked for.
+        """
+        tables = tuple(_present([*tensors, *_kept(running)]))
+        if told is not None:
+            return called(self.node, told, tables, *_present([*inputs, *sums]))
+        with torch.no_grad():
+            return called(self.compute, tables, *_present(inputs))
+
+    def node(self, told: list[Any], tables: tuple[Tensor, ...], *inputs: Tensor) -> tuple[Any, ...]:
+        """Return what `compute` does, y by a node of autograd.
+
+        That is applied without what torch does for its transforms of functions: no kernel runs
+        where one is active.
+        """
+        found: list[Any] = []
+        y, out = _apply(self, (told, found), tables, *inputs)
+        return y, out, *found
+
+    def compute(self, tables: tuple[Tensor, ...], *inputs: Tensor) -> tuple[Any, ...]:
+        """Return what `block.compute` does."""
+        again, first = self._forward, inputs[0]
+        if again is not None:
+            try:
+                if not torch.is_autocast_enabled(first.device.type):
+                    return again(*inputs, *tables)
+                with recordings.unrounded(first):
+                    return again(*inputs, *tables)
+            except tape.Changed:
+                self._forward = None
+        tensors = (*inputs, *tables)
+        everything = [None if n is None else tensors[n] for n in self._places]
+        if self._is_shared:
+            return self._compute(*everything)
+        key = "forward", self._plan, self._numbers, self._how
+        return recordings.run(key, self._compute, everything, self._keep)
+
+    def _compute(self, *tensors: Any) -> tuple[Any, ...]:
+        *given, mean, var, batches = tensors
+        running = None if self._how is None else Running(mean, var, batches, *self._how)
+        parts = given[:_INPUTS], given[_INPUTS:]
+        y, out, *found = compute(self._plan, self._numbers, *parts, running)
+        if self._plan.norm is not None and not self._plan.norm[1] and not self._is_shared:
+            found[3] = None  # nobody else asks for the variance
+        return y, out, *found
+
+    def _keep(self, again: Callable[..., Any]) -> None:
+        self._forward = again
+
+    def differentiate(
+        self, needs: tuple[bool, ...], g: Any, sums: Tensor | None, kept: Sequence[Tensor]
+    ) -> tuple[Any, ...]:
+        """Return what `block.Backward` does, given what was saved, and which inputs need it."""
+        keep = None
+        if recordings.is_unseen(g):
+            learned = [kept[n] for n in self._learned]  # a user may have given it other data
+            forms = [(x.shape, x.stride(), x.dtype) for x in learned]
+            words = g.shape[1] % layout.WORD == 0 or layout.is_in_words(g)
+            form = type(g), g.stride(), g.dtype, words, g.data_ptr() % 16, sums is None
+            key = needs, form, *forms, recordings.settings(g)
+            again = self._backward.get(key)
+            if again is not None:
+                given = (g, *kept) if sums is None else (g, sums, *kept)
+                try:
+                    with recordings.unrounded(g):
+                        return again(*given)
+                except tape.Changed:
+                    del self._backward[key]
+            keep = lambda again: self._backward.__setitem__(key, again)  # noqa: E731
+        wanted = tuple([n is not None and needs[n] for n in self._needs])
+        back = Backward(self._plan, self._numbers, wanted, self._reads_sums)
+        everything = g, sums, *[None if n is None else kept[n] for n in self._saved]
+        if self._is_shared:
+            return back.compute(*everything)
+        return recordings.run(("backward", back), back.compute, everything, keep)
+
+
+class Block(Function):
+    """(site, (told, found), tables, *inputs) to (y, its sums); what else there is goes to `found`.
+
+    No user sees a table, so that autograd need not watch over those that are kept for backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, site: Site, told: tuple[list[Any], list[Any]], tables: tuple[Tensor, ...],
+        *inputs: Tensor,
+    ) -> tuple[Any, Any]:  # fmt: skip
+        inputs = inputs[: site.nb_inputs]
+        y, out, *found = site.compute(tables, *inputs)
+        ctx.save_for_backward(*site.saved((*inputs, y)))
+        ctx.site, ctx.tables, ctx.told = site, site.saved_tables((*tables, *found)), told[0]
+        ctx.set_materialize_grads(False)
+        told[1].extend(found)
+        return y.view_as(y) if site.is_view else y, out
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, g: Tensor, sums: Tensor | None = None) -> tuple[Any, ...]:
+        site: Site = ctx.site
+        kept = *ctx.saved_tensors, *ctx.tables
+        sums = sums if ctx.told[0] else None
+        return site.gradients((None, *site.differentiate(ctx.needs_input_grad, g, sums, kept)))
+
+
+_apply: Any = super(Function, Block).apply  # type: ignore[attr-defined]
+
+
+def _kept(running: Running | None) -> Sequence[Tensor | None]:
+    """List running statistics."""
+    return (None,) * 3 if running is None else running[:3]
+
+
+def _present(parts: Sequence[Any]) -> list[Any]:
+    return [x for x in parts if x is not None]
+
+
+def _places(parts: Sequence[Any]) -> list[int | None]:
+    """Return where each part is among those that are not None."""
+    numbers = iter(range(len(parts)))
+    return [None if x is None else next(numbers) for x in parts]
+
+
+def _picker(places: list[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """Return what picks these from a sequence, as a tuple."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return lambda parts: tuple([parts[n] for n in places])
