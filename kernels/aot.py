@@ -48,7 +48,7 @@ named here has the instructions of sm_80."""
 
 _TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8",
-    torch.int32: "*i32",
+    torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 _MMA = {"wgmma": r"wgmma\.mma_async", "mma": r"\bmma\.sync", "tcgen05": r"tcgen05\.mma"}
 

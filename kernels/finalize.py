@@ -72,9 +72,9 @@ def _norm_finalize_kernel(
     var = (total / members)[:, None]
     rstd = 1.0 / tl.sqrt_rn(var + eps)
     if batches_ptr is not None:
-        channel, inside = pool[:, None], (pool < pools)[:, None]
-        _approach(running_mean_ptr + channel, mean, momentum, inside)
-        _approach(running_var_ptr + channel, var * unbiased, momentum, inside)
+        channel, is_one = pool[:, None], (pool < pools)[:, None]
+        _approach(running_mean_ptr + channel, mean, momentum, is_one)
+        _approach(running_var_ptr + channel, var * unbiased, momentum, is_one)
         if tl.program_id(0) == 0:
             tl.store(batches_ptr, tl.load(batches_ptr) + 1)
     start = 0

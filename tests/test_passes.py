@@ -360,6 +360,34 @@ def test_what_a_norm_makes_of_its_moments(pooling, shape, full, half, kernels):
         assert off[0] <= 2 * off[1] + SLACK[torch.float32] * scale, name
 
 
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("shape", [(1, 6), (2, 6), (5, 300), (40, 21), (0, 6)], ids=str)
+def test_a_norm_updates_what_it_keeps(shape, full, kernels):
+    """As torch does; and its tables are those of `norm_finalize`, to the bit."""
+    own, before, _, gamma, beta, _, _ = tables(*shape, full, kernels)
+    start = torch.randn(shape[1]).to(kernels), torch.rand(shape[1]).to(kernels) + 0.5
+
+    def kept(passes, cast):
+        mean, var = (cast(one).clone() for one in start)
+        batches = torch.tensor(7, device=kernels)
+        given = Moments(*map(cast, own)), *map(cast, (before, gamma, beta)), 1e-5, 60
+        out = passes.norm_finalize_running(*given, mean, var, batches, 0.3)
+        if passes is not reference:
+            same = passes.norm_finalize(*given, Pooling("batch"))
+            torch.testing.assert_close(out, same, rtol=0, atol=0, equal_nan=True)
+        assert batches.item() == 8
+        return mean, var
+
+    truth, same = kept(reference, double), kept(reference, lambda t: t)
+    for name, *one in zip(
+        ("mean", "var"), truth, same, kept(dispatch.passes(own.mean), lambda t: t), strict=True
+    ):
+        expected, other, ours = (x.double() for x in one)
+        assert torch.equal(ours.isnan(), expected.isnan()), name  # of an empty batch
+        off = [(x - expected).nan_to_num().abs().max() for x in (ours, other)]
+        assert off[0] <= 2 * off[1] + SLACK[torch.float32] * expected.nan_to_num().abs().max(), name
+
+
 @pytest.mark.parametrize("pooling", POOLINGS, ids=str)
 def test_the_algebra_of_norms_is_that_of_torch(pooling):
     """The reference's own, values and every gradient, against torch's norms and autograd."""

@@ -5,6 +5,7 @@ import copy
 import gc
 import weakref
 
+import interpol  # noqa: F401 (with an old torch it compiles itself: before a test changes torch)
 import pytest
 import torch
 from test_recordings import NETS, assert_same, general, step

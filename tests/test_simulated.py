@@ -306,6 +306,11 @@ def test_norms_of_moments(pooling, shape, full, half, kernels):
     test_passes.test_what_a_norm_makes_of_its_moments(pooling, shape, full, half, kernels)
 
 
+@pytest.mark.parametrize(("shape", "full"), [((2, 6), True), ((5, 300), False), ((1, 130), True)])
+def test_statistics_that_are_kept(shape, full, kernels):
+    test_passes.test_a_norm_updates_what_it_keeps(shape, full, kernels)
+
+
 @pytest.mark.parametrize("shape", [(8, 64, 1), (8, 8, 5, 5)], ids=str)
 @pytest.mark.parametrize("activation", ["silu", "leaky_relu"])
 def test_variances_are_not_negative(activation, shape, kernels):

@@ -60,9 +60,10 @@ class Running(NamedTuple):
     def update(self, found: Sequence[Tensor | None]) -> None:
         """Take in what `standardize` found; all is computed before anything is changed."""
         mean, var, batches, momentum, averaged = self
-        _, _, new_mean, new_var, _, _, mean_of_all, var_of_all = found
-        if mean_of_all is not None:
-            new_mean, new_var = mean_of_all, var_of_all
+        tables, _, new_mean, new_var = found
+        if new_mean is None:
+            assert tables is not None
+            new_mean, new_var = tables[0], tables[1]
         newest: Any = (new_mean, mean), (new_var, var)
         new = [(one.mean(0) if averaged else one[0]).to(kept.dtype) for one, kept in newest]
         if batches is not None:
@@ -95,10 +96,9 @@ def standardize(
 ) -> tuple[Tensor | None, ...]:
     """Find what a norm amounts to, given the moments of b (N, C), or none if it has fixed ones.
 
-    Returns (N, C) tables: scale, shift, mean, unbiased variance, rstd, and what its sums are
-    centred at. And, where other processes share the statistics, their mean and unbiased variance
-    (1, C); else none. Running statistics are updated by the pass that finds the tables, if that is
-    the last one (`norm.updates`).
+    Returns what `norm_finalize` does (5, N, C), and what the sums of the gradient are centred at
+    (N, C). And, where other processes share the statistics, their mean and unbiased variance
+    (1, C); else none. Running statistics are updated by that pass, if it can (`norm.updates`).
     """
     n, pool = x.shape[0], norm.pool
     pooling = pool.pooling()
@@ -118,8 +118,7 @@ def standardize(
         tables = ops.norm_finalize_running(*given, *norm.running[:4])  # type: ignore
     else:
         tables = ops.norm_finalize(*given, pooling)
-    mean, var, rstd, scale, shift = tables.unbind()
-    return scale, shift, mean, var, rstd, own.mean, *of_all
+    return tables, own.mean, *of_all
 
 
 def norm_gradients(

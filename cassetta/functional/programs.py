@@ -33,19 +33,19 @@ _METHODS = (
     "size", "storage_offset", "stride",
 )  # fmt: skip
 _ATTRIBUTES = (
-    "device", "dtype", "is_cpu", "is_cuda", "is_leaf", "is_meta", "is_nested", "is_quantized",
-    "is_sparse", "itemsize", "layout", "ndim", "requires_grad", "shape",
+    "_base", "device", "dtype", "is_leaf", "is_meta", "is_nested",
+    "is_quantized", "is_sparse", "itemsize", "layout", "ndim", "requires_grad", "shape",
 )  # fmt: skip
 _ABOUT_FORM: frozenset[Any] = frozenset((
     torch.promote_types, torch.result_type, torch._C._set_grad_enabled,
     *(getattr(Tensor, name) for name in _METHODS),
     *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
 ))  # fmt: skip
-"""Functions that return no tensor, and nothing that depends on the values of one."""
+"""Functions that tell nothing that depends on the values of a tensor, and make none."""
 
 _NEEDLESS: frozenset[Any] = frozenset((
     torch.empty, torch.empty_strided, torch.empty_like, Tensor.new_empty, Tensor.new_empty_strided,
-    Tensor.expand, Tensor.detach,
+    Tensor.expand, Tensor.detach, Tensor.unbind,
 ))  # fmt: skip
 """Functions that are not called where nobody uses what they return."""
 
@@ -53,6 +53,9 @@ _CONSTANT = (
     bool, int, float, str, type(None), type(...),
     torch.dtype, torch.device, torch.memory_format, torch.layout,
 )  # fmt: skip
+
+
+_SMALL = 2**16
 
 
 class _Here(threading.local):
@@ -101,6 +104,7 @@ class Trace(TorchFunctionMode):
         self.why = ""  # there is no program
         self._calls: list[_Call] = []
         self._known: dict[int, tuple[ReferenceType, _Name, int | None]] = {}
+        self._held: list[Tensor] = []
         self._nb_made = 0
         self._grad = torch.is_grad_enabled()
         for kind, several in (("x", images), ("t", tensors)):
@@ -171,7 +175,13 @@ class Trace(TorchFunctionMode):
         return id(x) in self._known and self._known[id(x)][0]() is x
 
     def _know(self, x: Tensor, name: _Name) -> _Name:
-        """Call a tensor by this name; it is not held, for what is large must go when it would."""
+        """Call a tensor by this name.
+
+        What is large is not held, for it must go when it would. What is small is, to be the same
+        object when it is met again: as that which a table is a row of.
+        """
+        if x.numel() <= _SMALL:
+            self._held.append(x)
         self._known[id(x)] = ref(x), name, _version(x)
         return name
 

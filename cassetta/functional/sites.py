@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,19 +32,37 @@ _LEARNED = 2, 3, 5, 6, 7
 """Parameters, among the inputs, and among what is saved."""
 
 
+_ROWS = 5
+"""Of what `norm_finalize` returns."""
+
+
+class _Place(NamedTuple):
+    """Where a table is: among others, or a row of one of them."""
+
+    which: int
+    row: int | None = None
+
+    def unbind(self) -> list[_Place]:
+        """Return the places of its rows."""
+        return [_Place(self.which, row) for row in range(_ROWS)]
+
+    def of(self, tables: Sequence[Tensor]) -> Tensor:
+        """Return the table that is there."""
+        return tables[self.which] if self.row is None else tables[self.which][self.row]
+
+
 class Site:
     """What a node does, and where its tensors are among those that there are; it holds none.
 
-    Its functions take the tables, as a tuple, since autograd has nothing to do with them: those of
-    `block.beside`, and running statistics; and one by one the inputs of `block.compute`, and what
-    stands for the sums of images.
+    Its functions take tables as a tuple, since autograd has nothing to do with them: those of
+    `block.beside`, and running statistics, or what they are rows of; and one by one the inputs of
+    `block.compute`, and what stands for the sums of images.
     """
 
     def __init__(
         self, plan: Plan, numbers: tuple[float, ...], inputs: Sequence[Any], sums: Sequence[Any],
         tensors: Sequence[Any], running: Running | None,
     ) -> None:  # fmt: skip
-        tables = [*tensors, *_kept(running)]
         self._plan, self._numbers = plan, numbers
         self._how = None if running is None else running[3:]
         self._is_shared = plan.norm is not None and plan.norm[0].process_group is not None
@@ -53,14 +71,19 @@ class Site:
         self._backward: dict[Any, Callable[..., Any]] = {}
         self.is_view = plan.product is None
         self.nb_inputs = len(_present(inputs))
-        self._places = _places([*inputs, *tables])
-        # what is saved: of inputs and y, and of tables and what is found
-        found = [*range(n := len(_present(tables)), n + 8)]
-        places = self._places[:_INPUTS], _places(tables)[: len(tensors)], self.nb_inputs, found
-        parts = saved(plan, *places)
-        self._saved = _places(parts)
-        self.saved = _picker(_present(parts[:_INPUTS]))
-        self.saved_tables = _picker(_present(parts[_INPUTS:]))
+        self._inputs = _places(inputs)
+        tables, self._tables = _listed([*tensors, *_kept(running)])
+        # what is saved, of inputs and y, and of tables and what is found
+        found = [_Place(len(tables) + n) for n in range(4)]
+        beside = self._tables[: len(tensors)]
+        (*parts,) = saved(plan, self._inputs, beside, self.nb_inputs, found)
+        self._saved, rows = _places(parts[:_INPUTS]), parts[_INPUTS:]
+        whole = [*dict.fromkeys(place.which for place in _present(rows))]
+        self._saved_tables = tuple([
+            None if place is None else _Place(whole.index(place.which), place.row)
+            for place in rows
+        ])  # fmt: skip
+        self.saved, self.saved_tables = _picker(_present(parts[:_INPUTS])), _picker(whole)
         self._learned = _present([self._saved[n] for n in _LEARNED])
         # of each input, the place of its gradient among None and what `Backward` returns
         own = zip(_GRADIENTS, (*inputs, *sums), strict=True)
@@ -79,7 +102,7 @@ class Site:
         told : list, optional
             Whether readers return sums, once that is known; None where no gradient is asked for.
         """
-        tables = tuple(_present([*tensors, *_kept(running)]))
+        tables = tuple(_listed([*tensors, *_kept(running)])[0])
         if told is not None:
             return called(self.node, told, tables, *_present([*inputs, *sums]))
         with torch.no_grad():
@@ -97,30 +120,23 @@ class Site:
 
     def compute(self, tables: tuple[Tensor, ...], *inputs: Tensor) -> tuple[Any, ...]:
         """Return what `block.compute` does."""
-        again, first = self._forward, inputs[0]
+        again = self._forward
         if again is not None:
             try:
-                if not torch.is_autocast_enabled(first.device.type):
-                    return again(*inputs, *tables)
-                with recordings.unrounded(first):
-                    return again(*inputs, *tables)
+                return _unrounded(again, (*inputs, *tables))
             except tape.Changed:
                 self._forward = None
-        tensors = (*inputs, *tables)
-        everything = [None if n is None else tensors[n] for n in self._places]
+        everything = *[None if n is None else inputs[n] for n in self._inputs], *tables
         if self._is_shared:
             return self._compute(*everything)
-        key = "forward", self._plan, self._numbers, self._how
+        key = "forward", self._plan, self._numbers, self._how, self._tables
         return recordings.run(key, self._compute, everything, self._keep)
 
     def _compute(self, *tensors: Any) -> tuple[Any, ...]:
-        *given, mean, var, batches = tensors
+        inputs, tables = tensors[:_INPUTS], tensors[_INPUTS:]
+        *beside, mean, var, batches = _rows(self._tables, tables)
         running = None if self._how is None else Running(mean, var, batches, *self._how)
-        parts = given[:_INPUTS], given[_INPUTS:]
-        y, out, *found = compute(self._plan, self._numbers, *parts, running)
-        if self._plan.norm is not None and not self._plan.norm[1] and not self._is_shared:
-            found[3] = None  # nobody else asks for the variance
-        return y, out, *found
+        return compute(self._plan, self._numbers, inputs, beside, running)
 
     def _keep(self, again: Callable[..., Any]) -> None:
         self._forward = again
@@ -140,17 +156,22 @@ class Site:
             if again is not None:
                 given = (g, *kept) if sums is None else (g, sums, *kept)
                 try:
-                    with recordings.unrounded(g):
-                        return again(*given)
+                    return _unrounded(again, given)
                 except tape.Changed:
                     del self._backward[key]
             keep = lambda again: self._backward.__setitem__(key, again)  # noqa: E731
         wanted = tuple([n is not None and needs[n] for n in self._needs])
         back = Backward(self._plan, self._numbers, wanted, self._reads_sums)
-        everything = g, sums, *[None if n is None else kept[n] for n in self._saved]
+        tables = kept[len(_present(self._saved)) :]
+        everything = g, sums, *[None if n is None else kept[n] for n in self._saved], *tables
+
+        def compute(*tensors: Any) -> tuple[Any, ...]:
+            own, tables = tensors[: _INPUTS + 2], tensors[_INPUTS + 2 :]
+            return back.compute(*own, *_rows(self._saved_tables, tables))
+
         if self._is_shared:
-            return back.compute(*everything)
-        return recordings.run(("backward", back), back.compute, everything, keep)
+            return compute(*everything)
+        return recordings.run(("backward", back, self._saved_tables), compute, everything, keep)
 
 
 class Block(Function):
@@ -184,9 +205,48 @@ class Block(Function):
 _apply: Any = super(Function, Block).apply  # type: ignore[attr-defined]
 
 
+def _unrounded(again: Callable[..., Any], tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """Return again(*tensors), where autocast rounds nothing; a context costs the host, too."""
+    if not torch.is_autocast_enabled(tensors[0].device.type):
+        return again(*tensors)
+    with recordings.unrounded(tensors[0]):
+        return again(*tensors)
+
+
 def _kept(running: Running | None) -> Sequence[Tensor | None]:
     """List running statistics."""
     return (None,) * 3 if running is None else running[:3]
+
+
+def _listed(tables: Sequence[Any]) -> tuple[list[Any], tuple[_Place | None, ...]]:
+    """List tables once each, or what they are rows of; and where each is then."""
+    found: dict[int, int] = {}
+    several: list[Any] = []
+    places: list[_Place | None] = []
+    for table in tables:
+        place = None
+        if table is not None:
+            whole, row = _whole(table)
+            if id(whole) not in found:
+                found[id(whole)] = len(several)
+                several.append(whole)
+            place = _Place(found[id(whole)], row)
+        places.append(place)
+    return several, tuple(places)
+
+
+def _whole(table: Tensor) -> tuple[Tensor, int | None]:
+    """Return what a norm's table is a row of, and which; or any other itself."""
+    whole: Any = table._base
+    if whole is None or whole.shape != (_ROWS, *table.shape) or not table.numel():
+        return table, None
+    row, rest = divmod(table.storage_offset() - whole.storage_offset(), table.numel())
+    is_row = table.is_contiguous() and whole.is_contiguous() and not rest
+    return (whole, row) if is_row else (table, None)
+
+
+def _rows(places: Sequence[_Place | None], tables: Sequence[Tensor]) -> list[Any]:
+    return [None if place is None else place.of(tables) for place in places]
 
 
 def _present(parts: Sequence[Any]) -> list[Any]:
@@ -195,8 +255,12 @@ def _present(parts: Sequence[Any]) -> list[Any]:
 
 def _places(parts: Sequence[Any]) -> list[int | None]:
     """Return where each part is among those that are not None."""
-    numbers = iter(range(len(parts)))
-    return [None if x is None else next(numbers) for x in parts]
+    places: list[int | None] = []
+    count = 0
+    for x in parts:
+        places.append(None if x is None else count)
+        count += x is not None
+    return places
 
 
 def _picker(places: list[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:

@@ -135,7 +135,10 @@ def _affine(factor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 def normalized(
     x: Tensor, steps: Steps, tables: Tables, own: Moments | None
 ) -> tuple[Tensor | None, ...]:
-    """Find what the norm amounts to, on an image x; `own` are the moments it needs, if known."""
+    """Find what the norm amounts to, on an image x; `own` are the moments it needs, if known.
+
+    Returns what `standardize` does, a factor after the norm included.
+    """
     norm, after = steps.norm, tables.after
     assert norm is not None
     if norm.fixed is None and own is None:
@@ -144,10 +147,11 @@ def normalized(
     gamma, beta, eps, pool, fixed, running = norm
     if after is not None:  # nothing is changed before the end
         norm = Normalization(gamma, beta, eps, pool, fixed)
-    scale, shift, *others = standardize(x, own, tables.before, norm)
+    found = standardize(x, own, tables.before, norm)
     if after is not None:
-        scale, shift = after * scale, after * shift  # type: ignore[operator]
-    found = scale, shift, *others
+        table, *others = found
+        assert table is not None
+        found = torch.cat([table[:3], after * table[3:]]), *others
     if running is not None and not norm.updates():
         running.update(found)
     return found
@@ -156,11 +160,12 @@ def normalized(
 def completed(tables: Tables, word: str, found: Sequence[Tensor | None]) -> Tables:
     """Return tables with what `normalized` found."""
     s1, t1, slope, s2, t2, *_ = tables
+    table, centre, *_ = found
+    assert table is not None
     if word[0] == "n":
-        s1, t1 = found[:2]
+        mean, _, rstd, s1, t1 = table.unbind()
     else:
-        s2, t2 = found[:2]
-    mean, _, rstd, centre = found[2:6]
+        mean, _, rstd, s2, t2 = table.unbind()
     return Tables(s1, t1, slope, s2, t2, mean, rstd, centre, tables.before, tables.after)
 
 

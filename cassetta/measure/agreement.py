@@ -212,7 +212,8 @@ class Work:
         for given in self.arguments(name):
             arguments = [x.clone() if n in changes else x for n, x in enumerate(given)]
             out = getattr(passes, name)(*arguments)
-            found += [arguments[n] for n in changes]
+            kept = [arguments[n].reshape(-1) for n in changes]
+            found += [one if one.is_floating_point() else one.to(self.x.dtype) for one in kept]
             if name == "max_pool":
                 out = out[0]  # rounding decides where it is
             elif name == "prologue_sums" and arguments[2].slope is None:
