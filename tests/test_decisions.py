@@ -140,6 +140,18 @@ def test_nothing_is_recalled_where_somebody_listens_or_torch_transforms():
     assert count.calls == 4
 
 
+def test_a_list_that_is_changed_in_place_is_noticed():
+    """A layer may have been given one, as `Resize` is for its factors."""
+    module = block()
+    module.norm.factor = [2.0, 2.0]
+    count = Count(module)
+    assert [count(), count()] == [1, 1]
+    module.norm.factor[1] = 3.0
+    assert [count(), count()] == [2, 2]
+    module.norm.factor.append(1.0)
+    assert count() == 3
+
+
 def test_no_copy_has_what_was_decided():
     module = block()
     assert Count(module)() == 1

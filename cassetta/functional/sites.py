@@ -32,6 +32,9 @@ _LEARNED = 2, 3, 5, 6, 7
 """Parameters, among the inputs, and among what is saved."""
 
 
+_LIMIT = 64
+"""How many kinds of gradients a site knows how to go on from; then it begins anew."""
+
 _ROWS = 5
 """Of what `norm_finalize` returns."""
 
@@ -159,6 +162,8 @@ class Site:
                     return _unrounded(again, given)
                 except tape.Changed:
                     del self._backward[key]
+            if len(self._backward) >= _LIMIT:
+                self._backward.clear()
             keep = lambda again: self._backward.__setitem__(key, again)  # noqa: E731
         wanted = tuple([n is not None and needs[n] for n in self._needs])
         back = Backward(self._plan, self._numbers, wanted, self._reads_sums)

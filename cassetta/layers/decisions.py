@@ -93,6 +93,7 @@ def _looking_at(
     registers: list[Any] = []  # most of which are empty, and need no more than to be counted
     for own in (one.__dict__ for one in (module, *within)):
         views.append(own.values())
+        views += [one for one in [*own.values()] if isinstance(one, list)]  # and their entries
         for name in ("_parameters", "_buffers"):
             views += [own[name].keys()] * bool(own[name])
             tensors += [own[name].values()] * bool(own[name])
