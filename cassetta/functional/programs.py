@@ -54,8 +54,8 @@ _CONSTANT = (
     torch.dtype, torch.device, torch.memory_format, torch.layout,
 )  # fmt: skip
 
-
 _SMALL = 2**16
+"""Elements up to which a trace holds a tensor."""
 
 
 class _Here(threading.local):
