@@ -46,7 +46,7 @@ class PassRecord(Generic[P, R]):
 
     def names(self) -> list[str]:
         """List the names of the arguments of the pass."""
-        return [*inspect.signature(self.reference).parameters]
+        return [*self._kinds()]
 
     @property
     def schema(self) -> str:

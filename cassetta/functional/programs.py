@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 
+from cassetta.kernels.dispatch import PLAIN
+
 Program = Callable[[Sequence[Tensor], Sequence[Tensor]], Any]
 """Takes the images, and the parameters and buffers; returns what the forward returns."""
-
-PLAIN = (Tensor, torch.nn.Parameter)
 
 _METHODS = (
     "__len__", "dim", "element_size", "is_complex", "is_contiguous", "is_floating_point", "numel",
@@ -41,7 +41,7 @@ _ABOUT_FORM: frozenset[Any] = frozenset((
     *(getattr(Tensor, name) for name in _METHODS),
     *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
 ))  # fmt: skip
-"""Functions that tell nothing that depends on the values of a tensor, and make none."""
+"""Functions that return the form of a tensor, or what it is a view of: no trace notes them."""
 
 _NEEDLESS: frozenset[Any] = frozenset((
     torch.empty, torch.empty_strided, torch.empty_like, Tensor.new_empty, Tensor.new_empty_strided,

@@ -31,7 +31,6 @@ _GRADIENTS = 0, 2, 4, 5, 6, 7, 8, 9, 1, 3
 _LEARNED = 2, 3, 5, 6, 7
 """Parameters, among the inputs, and among what is saved."""
 
-
 _LIMIT = 64
 """How many kinds of gradients a site knows how to go on from; then it begins anew."""
 
@@ -180,9 +179,10 @@ class Site:
 
 
 class Block(Function):
-    """(site, (told, found), tables, *inputs) to (y, its sums); what else there is goes to `found`.
+    """The node of autograd: (site, (told, found), tables, *inputs) to (y, its sums).
 
-    No user sees a table, so that autograd need not watch over those that are kept for backward.
+    What else the site computes is added to `found`. No user sees a table, so that autograd need not
+    watch over those that are kept for backward.
     """
 
     @staticmethod

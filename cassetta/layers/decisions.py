@@ -34,6 +34,10 @@ class _Known(NamedTuple):
     found: dict[Any, Any]  # what was decided then, by the kinds of images
     views: list[ValuesView[Tensor | None]]  # its parameters and buffers, and those within
 
+    def tensors(self) -> list[Tensor]:
+        """List the parameters and buffers."""
+        return [x for view in self.views for x in view if x is not None]
+
 
 _known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 """By module.
@@ -54,7 +58,7 @@ def recalled(module: nn.Module, x: Deferred, decide: Callable[[Deferred], T]) ->
         return decide(x)
     if type(x.image) not in dispatch.PLAIN or "_is_replica" in module.__dict__:
         return decide(x)  # (a replica of DataParallel lives for one call)
-    found, kind = of(module)[0], _kind(x)
+    found, kind = of(module).found, _kind(x)
     decided = found.get(kind)
     return add(found, kind, decide(x)) if decided is None else decided
 
@@ -67,15 +71,15 @@ def add(found: dict[Any, Any], kind: Any, decided: T) -> T:
     return decided
 
 
-def of(module: nn.Module) -> tuple[dict[Any, Any], list[Tensor]]:
-    """Return what was decided for the module as it is now, and its parameters and buffers."""
-    look, known, found, views = _known.get(module, _NOTHING)
-    facts = look()
+def of(module: nn.Module) -> _Known:
+    """Return what is known of the module as it is now; what is decided is to be added."""
+    known = _known.get(module, _NOTHING)
+    facts = known.look()
     facts.append(type(module))
-    if len(facts) != len(known) or not all(map(operator.is_, facts, known)):
-        (look, views), found = _looking_at(module), {}
-        _known[module] = _Known(look, [*look(), type(module)], found, views)
-    return found, [x for view in views for x in view if x is not None]
+    if len(facts) != len(known.facts) or not all(map(operator.is_, facts, known.facts)):
+        look, views = _looking_at(module)
+        known = _known[module] = _Known(look, [*look(), type(module)], {}, views)
+    return known
 
 
 def _looking_at(

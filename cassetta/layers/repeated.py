@@ -32,7 +32,8 @@ def repeated(forward: F) -> F:
     def whole(self: nn.Module, *images: Any, **options: Any) -> Any:
         if torch.compiler.is_compiling() or not _may_repeat(self, images, options):
             return forward(self, *images, **options)
-        found, tensors = decisions.of(self)
+        now = decisions.of(self)
+        found, tensors = now.found, now.tensors()
         key, kinds = _key(images, options), _kinds(tensors)
         variants = found.get(key)
         if variants is None:
@@ -90,7 +91,7 @@ def _key(images: tuple[Tensor, ...], options: dict[str, Any]) -> Any:
 
 
 def _kinds(tensors: list[Tensor]) -> list[Any]:
-    """Return all of parameters and buffers that a program depends on, but for which they are."""
+    """Return the types, shapes, dtypes, devices, `requires_grad` and strides of these."""
     return [*map(type, tensors), *map(_form, tensors), *map(Tensor.stride, tensors)]
 
 
