@@ -54,13 +54,14 @@ class Case(NamedTuple):
     build: Callable[[], list[nn.Module]]
     shape: tuple[int, ...]
     first: bool  # whether the image is that of a first layer, which needs no gradient
+    plain: bool = False  # torch's own operators may be all there is to do
 
 
 def _chain(order: str, norm: str | None) -> Case:
     lengths = (LONG, SHORT)
     return Case(
         lambda: [ConvGroup(3, 16, nb_conv=n, order=order, norm=norm) for n in lengths],
-        (1, 16, 2, 2, 2), False,
+        (1, 16, 2, 2, 2), False, plain=norm is None,
     )  # fmt: skip
 
 
@@ -104,7 +105,7 @@ def measure(case: Case, engines: list[str], rounds: int, clock: Clock) -> dict[s
     Raises
     ------
     RuntimeError
-        If an engine launches nothing, so that what was timed is not what it does.
+        If an engine launches nothing that should, so that what was timed is not what it does.
     """
     nets = case.build()
     who = {"eager": [twins.plain(net) for net in nets], **dict.fromkeys(engines, nets)}
@@ -123,7 +124,7 @@ def measure(case: Case, engines: list[str], rounds: int, clock: Clock) -> dict[s
     found = {}
     for name in who:
         launches = _share(clock.launched, name, "step")
-        if (name == "eager") != (launches == 0):
+        if bool(launches) == (name == "eager") and not (case.plain and not launches):
             raise RuntimeError(f"{name} launched {launches} kernels for a step of {case}")
         found[name] = [_share(typical, name, what) for what in ("forward", "step")] + [launches]
     return found

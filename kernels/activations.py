@@ -52,6 +52,17 @@ def apply(u: Tensor, activation: Activation, slope: Tensor | None = None) -> Ten
     return plain[name](u)
 
 
+def apply_(u: Tensor, activation: Activation) -> Tensor:
+    """act(u) in the place of u, of an activation that is told by its result."""
+    name, p, _ = activation
+    if name == "leaky_relu":
+        return F.leaky_relu_(u, p)
+    if name == "elu":
+        return F.elu_(u, p)
+    plain = {"relu": torch.relu_, "tanh": torch.tanh_, "sigmoid": torch.sigmoid_}
+    return plain[name](u)
+
+
 def derivative(u: Tensor, activation: Activation, slope: Tensor | None = None) -> Tensor:
     """act'(u), for any shape; where there is none (ReLU at 0), what torch takes.
 

@@ -139,7 +139,7 @@ def _shares(
 @triton.jit(do_not_specialize=_ONE_KERNEL_FOR_ALL)
 def _norm_finalize_backward_kernel(
     g_ptr, gb_ptr, mean_ptr, rstd_ptr, centre_ptr, before_ptr, after_ptr, gamma_ptr, out_ptr, share,
-    C, pools, members, pool_step, member_step, size,
+    voxels, C, pools, members, pool_step, member_step, size,
     FIXED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     pool = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -164,7 +164,7 @@ def _norm_finalize_backward_kernel(
         m = start + tl.arange(0, BLOCK_M)
         inside = (pool < pools)[:, None] & (m < members)[None, :]
         at = pool[:, None] * pool_step + m[None, :] * member_step
-        _, _, rstd, apart, before = _shares(
+        _, dbeta, rstd, apart, before = _shares(
             g_ptr, gb_ptr, mean_ptr, rstd_ptr, centre_ptr, before_ptr, after_ptr, at, inside
         )
         mean_1 = (share * m1)[:, None]
@@ -172,8 +172,10 @@ def _norm_finalize_backward_kernel(
         k = -before * before * rstd * rstd * mean_1
         if FIXED:
             a, k = tl.zeros_like(rstd), tl.zeros_like(rstd)
-        tl.store(out_ptr + 2 * size + at, a, mask=inside)
-        tl.store(out_ptr + 3 * size + at, k, mask=inside)
+        direct = before * rstd * _entry(gamma_ptr, at % C, inside, 1.0) * dbeta
+        tl.store(out_ptr + 2 * size + at, direct + voxels * a, mask=inside)
+        tl.store(out_ptr + 3 * size + at, a, mask=inside)
+        tl.store(out_ptr + 4 * size + at, k, mask=inside)
         start += BLOCK_M
 
 
@@ -183,12 +185,12 @@ def norm_finalize_backward(
 ) -> Tensor:  # fmt: skip
     n, c = mean.shape
     pools, members, *steps = pooling.pools(n, c)
-    out = torch.empty(4, n, c, dtype=torch.float32, device=mean.device)
+    out = torch.empty(5, n, c, dtype=torch.float32, device=mean.device)
     share = 1 / (members * voxels) if members * voxels else 0.0
     tile.launch(
         _norm_finalize_backward_kernel, out, configs.over_pools(pools, members),
         *map(_dense, (sums[0], sums[1], mean, rstd, centre, before, after, gamma)), out, share,
-        c, pools, members, *steps, n * c, FIXED=pooling.kind == "fixed",
+        float(voxels), c, pools, members, *steps, n * c, FIXED=pooling.kind == "fixed",
     )  # fmt: skip
     return out
 

@@ -33,13 +33,12 @@ def conv(x: Tensor, w: Tensor, b: Tensor | None, geometry: Geometry) -> Tensor:
 
 
 def conv_backward(
-    g: Tensor, x: Tensor, w: Tensor, b: Tensor | None, geometry: Geometry,
-    needs: tuple[bool, bool, bool],
+    g: Tensor, x: Tensor, w: Tensor, geometry: Geometry, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of x, w and b in `conv`, given that of y; those that are needed."""
+    """Gradients of x, w and a bias in `conv`, given that of y; those that are needed."""
     pieces = _slabs(x, w, geometry)
     if pieces:
-        return _backward_in_slabs(g, x, w, b, pieces, needs)
+        return _backward_in_slabs(g, x, w, pieces, needs)
     stride, padding, dilation, groups = geometry
     shape = x.shape
     uneven = any(before != after for before, after in padding)
@@ -47,7 +46,7 @@ def conv_backward(
         x = F.pad(x, [p for pair in reversed(padding) for p in pair])
     common = [0 if uneven else before for before, _ in padding]
     dx, dw, db = torch.ops.aten.convolution_backward(
-        g, x, w, None if b is None else list(b.shape), stride, common, dilation, False,
+        g, x, w, [w.shape[0]] if needs[2] else None, stride, common, dilation, False,
         [0] * len(stride), groups, needs,
     )  # fmt: skip
     if uneven and dx is not None:
@@ -89,17 +88,16 @@ def _slabs(x: Tensor, w: Tensor, geometry: Geometry) -> list[Slab]:
 
 
 def _backward_in_slabs(
-    g: Tensor, x: Tensor, w: Tensor, b: Tensor | None, slabs: list[Slab],
-    needs: tuple[bool, bool, bool],
+    g: Tensor, x: Tensor, w: Tensor, slabs: list[Slab], needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """The gradients of slabs, added where they overlap; those of w and b in float32 at least."""
+    """The gradients of slabs, added where they overlap; all but that of x in float32 at least."""
     dx = torch.zeros_like(x) if needs[0] else None
     wide = torch.promote_types(w.dtype, torch.float32)
     dw = torch.zeros_like(w, dtype=wide) if needs[1] else None
-    db = None if b is None or not needs[2] else torch.zeros_like(b, dtype=wide)
+    db = w.new_zeros(w.shape[:1], dtype=wide) if needs[2] else None
     for (first, last), (start, stop), part in slabs:
         here = x.narrow(2, start, stop - start)
-        one, two, three = conv_backward(g.narrow(2, first, last - first), here, w, b, part, needs)
+        one, two, three = conv_backward(g.narrow(2, first, last - first), here, w, part, needs)
         for total, share in ((None if dx is None else dx.narrow(2, start, stop - start), one),
                              (dw, two), (db, three)):  # fmt: skip
             if total is not None and share is not None:

@@ -218,7 +218,7 @@ norm_finalize_running = PassRecord(
 
 norm_finalize_backward = PassRecord(
     reference.norm_finalize_backward, "finalize.norm_finalize_backward",
-    lambda sums, mean, *rest: layout.tables(mean, 4),
+    lambda sums, mean, *rest: layout.tables(mean, 5),
     lambda s: [
         (s.table(3, *s.shape[:2]), s.one, s.one, s.one, factor, factor, gamma, 8, pooling)
         for gamma, factor, pooling in _norms(s)

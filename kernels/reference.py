@@ -61,7 +61,7 @@ def conv_dgrad(
     (2, N, C); else nothing (0,).
     """
     image = g.new_empty((g.shape[0], w.shape[1], *size))
-    found, _, _ = library.conv_backward(g, image, w, None, geometry, (True, False, False))
+    found, _, _ = library.conv_backward(g, image, w, geometry, (True, False, False))
     assert found is not None
     dz = layout.empty(tuple(image.shape), g.dtype, g.device).copy_(found)
     if x is None or centre is None:
@@ -75,7 +75,7 @@ def conv_wgrad(
     """The gradient of w (K, C, *taps), in float32 at least, given that of y, g (N, K, *Y)."""
     z = _transformed(x, p, None, g.dtype)
     w = g.new_empty((g.shape[1], x.shape[1], *taps))
-    _, dw, _ = library.conv_backward(g, z, w, None, geometry, (False, True, False))
+    _, dw, _ = library.conv_backward(g, z, w, geometry, (False, True, False))
     assert dw is not None
     return torch.empty_like(w, dtype=torch.promote_types(g.dtype, torch.float32)).copy_(dw)
 
@@ -324,15 +324,18 @@ def norm_finalize_backward(
     `sums` (>= 2, N, C) are those of G and of G (b - centre), G being the gradient of what leaves
     the norm times the factor `after`. The gradient of b is scale G + a + k (b - centre).
 
-    Returns a tensor (4, N, C) of dgamma, dbeta, a, k; a and k are 0 for "fixed" moments.
+    Returns a tensor (5, N, C) of dgamma, dbeta, sums of the gradient of b where `centre` is the
+    mean of b, a, k; a and k are 0 for "fixed" moments.
     """
     dgamma, dbeta = norm_shares(sums, mean, rstd, centre, before, after)
+    weight = 1.0 if gamma is None else gamma.to(dbeta.dtype)
+    direct = (rstd if before is None else before * rstd) * weight * dbeta
     if pooling.kind == "fixed":
         zero = torch.zeros_like(dbeta)
-        return torch.stack([dgamma, dbeta, zero, zero])
-    k = 1.0 if gamma is None else gamma.to(dbeta.dtype)
-    m0, m1 = (_pooled(share * k / voxels, pooling) for share in (dbeta, dgamma))
-    return torch.stack([dgamma, dbeta, *norm_fold(m0, m1, mean, rstd, centre, before)])
+        return torch.stack([dgamma, dbeta, direct, zero, zero])
+    m0, m1 = (_pooled(share * weight / voxels, pooling) for share in (dbeta, dgamma))
+    a, k = norm_fold(m0, m1, mean, rstd, centre, before)
+    return torch.stack([dgamma, dbeta, direct + voxels * a, a, k])
 
 
 def norm_shares(

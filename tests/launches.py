@@ -121,6 +121,9 @@ for name, (make, shape) in CASES.items():
             recordings._enabled = True
             for _ in range(3):
                 found = pattern(step(net, image), known)
+        if name == "no norm" and engine == "library":  # all of it is torch's own
+            assert not expected
+            continue
         assert any(map(callable, recordings._known.values())), name
         assert len(found) == len(expected) > 0, (name, engine, len(found), len(expected))
         for one, other in zip(found, expected, strict=True):

@@ -168,7 +168,7 @@ def test_many_kinds_of_images_are_not_kept_for_ever():
     for n in range(2 * LIMIT):
         count(torch.empty(1, 4, 1, n + 1))
     assert count.calls == 2 * LIMIT
-    assert len(decisions._known[count.module][2]) <= LIMIT
+    assert len(decisions._known[count.module].found) <= LIMIT
 
 
 def test_modules_go_when_nobody_holds_them(engine):

@@ -666,7 +666,8 @@ def test_compile_export_checkpoint(name, engine):
             torch.testing.assert_close(parameter.grad, expected[key], rtol=0, atol=1e-5 * largest)
     with dispatch.fused_on_reference():
         program = torch.export.export(net.eval(), (inp,), strict=False)
-        assert any("cassetta" in str(node.target) for node in program.graph.nodes)
+        ours = any("cassetta" in str(node.target) for node in program.graph.nodes)
+        assert ours != (name == "segnet" and engine == "library")  # that has no norm
         assert_near(program.module()(inp), net(inp), 1e-5)
 
 

@@ -178,3 +178,50 @@ def test_a_module_that_changes_its_input_comes_after_those_before_it(engine):
         with dispatch.fused_on_reference():
             found = net(x.clone())
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("least", [0, 2**24], ids=["apart", "one node"])
+@pytest.mark.parametrize("norm", ["batch", "instance", "layer", 2], ids=str)
+def test_the_gradient_of_a_bias_before_a_norm_takes_no_pass(norm, least, engine, monkeypatch):
+    """It follows from the sums that the norm asks for: no product takes it along, nothing adds."""
+    monkeypatch.setattr(importlib.import_module("cassetta.functional.launch"), "APART", least)
+    torch.manual_seed(0)
+    net = ConvGroup(2, 4, nb_conv=2, norm=norm, activation="GELU", order="cndax").double()
+    inp = torch.randn(1, 4, 5, 6, dtype=torch.float64)
+    g = torch.randn_like(inp)
+    names, parameters = zip(*net.named_parameters(), strict=True)
+    with dispatch.use_backend("reference"):
+        expected = torch.autograd.grad(net(inp), parameters, g)
+    with dispatch.fused_on_reference():
+        out = net(inp)
+        with Counted() as counted:
+            found = torch.autograd.grad(out, parameters, g)
+    for name, ours, theirs in zip(names, found, expected, strict=True):
+        scale = max(theirs.abs().max(), 1e-3 * max(one.abs().max() for one in expected))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10 * float(scale), msg=name)
+    assert counted.count("aten.sum") == 0
+    masks = [args[-1] for func, args in counted.calls if "convolution_backward" in str(func)]
+    assert len(masks) == 2 * (engine == "library")
+    assert not any(mask[2] for mask in masks)
+
+
+@pytest.mark.parametrize("activation", ["ReLU", "LeakyReLU", "ELU", "Tanh", "Sigmoid", None])
+@pytest.mark.parametrize("training", [True, False])
+def test_without_a_norm_torch_convolves_and_differentiates(activation, training):
+    """Where it keeps no more than a node of ours would: the result of the activation alone."""
+    net = ConvGroup(2, 4, nb_conv=2, activation=activation).double()
+    inp = torch.randn(2, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    expected, found = [], []
+    for results, context in (
+        (expected, dispatch.use_backend("reference")), (found, dispatch.fused_on_reference())
+    ):  # fmt: skip
+        with context, torch.set_grad_enabled(training), Counted() as counted:
+            out = net(inp)
+        results.append(out.detach())
+        if training:
+            results += torch.autograd.grad(out, (inp, *net.parameters()), torch.cos(out.detach()))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert counted.count("cassetta") == 0
+    if training:
+        assert count(out.grad_fn) == 0

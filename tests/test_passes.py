@@ -346,7 +346,7 @@ def test_what_a_norm_makes_of_its_moments(pooling, shape, full, half, kernels):
         )  # fmt: skip
         return {
             **dict(zip(("mean", "var", "rstd", "scale", "shift"), forward, strict=True)),
-            **dict(zip(("dgamma", "dbeta", "a", "k"), backward, strict=True)),
+            **dict(zip(("dgamma", "dbeta", "dbias", "a", "k"), backward, strict=True)),
         }
 
     finalized = reference.norm_finalize(own, before, gamma, beta, 1e-5, 60, pooling)
@@ -355,6 +355,8 @@ def test_what_a_norm_makes_of_its_moments(pooling, shape, full, half, kernels):
     for name, expected in truth.items():
         assert ours[name].shape == expected.shape
         scale = expected.abs().max().item() if expected.numel() else 0.0
+        if name == "dbias":  # which is a sum of two, that cancel
+            scale += 60 * truth["a"].abs().max().item() if expected.numel() else 0.0
         off = [(one[name].double() - expected).abs().max().item() if expected.numel() else 0.0
                for one in (ours, same)]  # fmt: skip
         assert off[0] <= 2 * off[1] + SLACK[torch.float32] * scale, name
@@ -417,11 +419,13 @@ def test_the_algebra_of_norms_is_that_of_torch(pooling):
         scale, shift = found[3] * after, found[4] * after
         out = scale[..., None] * b + shift[..., None]
         sums = torch.stack([g.sum(-1), (g * (b - own.mean[..., None])).sum(-1)])
-        dgamma, dbeta, a, k = reference.norm_finalize_backward(
+        dgamma, dbeta, dbias, a, k = reference.norm_finalize_backward(
             sums, found[0], found[2], own.mean, factor, after, gamma, 7, pooling
         )
         db = scale[..., None] * g + a[..., None] + k[..., None] * (b - own.mean[..., None])
     for ours, theirs in zip(
-        (out, db, dgamma.sum(0), dbeta.sum(0)), (expected, *given), strict=True
+        (out, db, dgamma.sum(0), dbeta.sum(0), dbias),
+        (expected, *given, given[0].sum(-1)),
+        strict=True,
     ):
         torch.testing.assert_close(ours, theirs.detach(), rtol=1e-10, atol=1e-10)

@@ -175,14 +175,14 @@ def saved(
     found : sequence
         What `compute`, of the same inputs and tensors, has found beside y and its sums.
     """
-    x, x2, w, b, _, gamma, beta, weight = inputs
+    x, x2, w, _, _, gamma, _, weight = inputs
     tables = Tables(*tensors[_TABLES:_FACTORS])
     if plan.norm is not None and not plan.norm[1]:
         tables = completed(tables, plan.word, found)
     return (
-        None if plan.product is None else x, x2, w, b,
+        None if plan.product is None else x, x2, w,
         y if plan.word else None,  # a mere factor asks for no image
-        gamma, beta, weight, *tensors[:12], *tables, *tensors[_FACTORS : _FACTORS + 3],
+        gamma, weight, *tensors[:12], *tables, *tensors[_FACTORS : _FACTORS + 3],
     )  # fmt: skip
 
 
@@ -229,13 +229,13 @@ class Backward(NamedTuple):
     ) -> tuple[Tensor | None, ...]:
         """Compute the gradients that are needed, given that of y, of its sums, and what was saved.
 
-        In the order of `needs`.
+        In the order of `needs`. Autograd rounds those of a bias and beta, which were not saved.
         """
         plan, numbers, needs, reads_sums = self
-        x, x2, w, b, kept, gamma, beta, weight, *rest = saved
+        x, x2, w, kept, gamma, weight, *rest = saved
         n = 12 + len(Tables._fields)
         one, two, tables, factors = rest[:6], rest[6:12], Tables(*rest[12:n]), tuple(rest[n:])
-        steps = plan.steps(gamma, beta, weight, factors, numbers)
+        steps = plan.steps(gamma, None, weight, factors, numbers)
         p, p2 = (together(one[:5], plan.activation(n, numbers)) for n, one in enumerate((one, two)))
         to_y = needs[0] if plan.product is None else any(needs[:7])
         dy: Any = g
@@ -246,7 +246,7 @@ class Backward(NamedTuple):
         elif not steps.are_none():
             image = g if kept is None else kept
             wanted = to_y, needs[7], needs[8], needs[9]
-            dy, *grads[7:] = gradients(g, sums, image, steps, tables, wanted)
+            dy, *grads[7:], grads[5] = gradients(g, sums, image, steps, tables, wanted)
         if plan.product is None:
             grads[0] = dy
         elif to_y:
@@ -255,22 +255,25 @@ class Backward(NamedTuple):
             images = [(x, p, one[5] if reads_sums[0] else None)]
             if x2 is not None:
                 images.append((x2, p2, two[5] if reads_sums[1] else None))
-            asked = (needs[0] or needs[1], needs[2] or needs[3], *needs[4:6])
-            grads[:6] = _through_product(plan, dy, images, w, b, asked)
+            dbias = grads[5]
+            to_b = needs[5] and dbias is None
+            asked = (needs[0] or needs[1], needs[2] or needs[3], needs[4], to_b)
+            if any(asked):
+                grads[:6] = _through_product(plan, dy, images, w, asked)
+            grads[5] = grads[5] if to_b else dbias
             grads[6] = dy
-        for place, learned in zip((4, 5, 7, 8, 9), (w, b, gamma, beta, weight), strict=True):
+        for place, learned in (4, w), (7, gamma), (9, weight):
             grad = grads[place]
-            is_asked = grad is not None and learned is not None and needs[place]
-            grads[place] = grad.to(learned.dtype) if is_asked else None  # type: ignore[union-attr]
-        grads[6] = grads[6] if needs[6] else None
-        return tuple(grads)
+            if grad is not None and learned is not None:
+                grads[place] = grad.to(learned.dtype)
+        return tuple([grad if needs[n] else None for n, grad in enumerate(grads)])
 
 
 def _through_product(
     plan: Plan, g: Tensor, images: Sequence[tuple[Tensor, Prologue, Tensor | None]], w: Tensor,
-    b: Tensor | None, needs: tuple[bool, ...],
+    needs: tuple[bool, ...],
 ) -> list[Tensor | None]:  # fmt: skip
-    """Return the gradients of either image and of its sums, of w and b, as far as they are needed.
+    """Return the gradients of either image and its sums, of w and a bias, as far as needed.
 
     An image comes with its pending transform, and with a centre if sums of its gradient are asked
     for. Two are read one after the other, so that no operand is as large as both.
@@ -283,7 +286,7 @@ def _through_product(
         if transposed:  # as of the convolution whose image is g, and whose gradient z
             if to_w:
                 z = built(x, p, w.dtype)
-                grads[4], _ = run.wgrad(z, g, NOTHING, w, None, geometry, (True, False))
+                grads[4], _ = run.wgrad(z, g, NOTHING, w, geometry, (True, False))
             if to_b:
                 grads[5] = summed(g)
             if needs[0]:
@@ -296,7 +299,7 @@ def _through_product(
             asked = needs[n], to_w, to_b and n == 0
             if not any(asked):
                 continue
-            *found, dw, db = run.bprop(g, x, p, part, b, geometry, asked, centre, plan.outer[n])
+            *found, dw, db = run.bprop(g, x, p, part, geometry, asked, centre, plan.outer[n])
             grads[2 * n : 2 * n + 2] = found
             shares.append(dw)
             grads[5] = db if n == 0 else grads[5]

@@ -124,7 +124,7 @@ class Deferred:
     def kept(self) -> Deferred:
         """Return it, computed with the steps it has now, because several modules will read it."""
         if self.is_settled:
-            self.read()
+            self.read(sums=True)
         return self
 
     def leading(self, channels: int) -> Tensor:
@@ -175,15 +175,21 @@ class Deferred:
             return self
         return Deferred(self.z())
 
-    def read(self) -> Image:
-        """Return what is to be read; computed now, if it has waited."""
+    def read(self, sums: bool = False) -> Image:
+        """Return what is to be read; computed now, if it has waited.
+
+        Parameters
+        ----------
+        sums : bool
+            Whether readers may return sums with their gradient (`block`).
+        """
         if self._image is None:
             source = self.source
             assert isinstance(source, (Tensor, Launch)), "settle it first"
             if isinstance(source, Tensor):
-                self._image = transformed(source, self.steps, self.own)
+                self._image = transformed(source, self.steps, self.own, sums)
             else:
-                self._image = source.run(self.steps)
+                self._image = source.run(self.steps, sums)
         return self._image
 
     def z(self) -> Tensor:
@@ -229,9 +235,9 @@ def _is_last(x: Tensor) -> bool:
     return x.shape[1] > 1 and x.stride(1) == 1
 
 
-def _rounded(x: Deferred, weight: Tensor) -> Image:
+def _rounded(x: Deferred, weight: Tensor, sums: bool) -> Image:
     """Return what is read in the dtype of the product; a pending transform rounds what it makes."""
-    image = x.read()
+    image = x.read(sums)
     if image.prologue.is_identity() and image.x.dtype != weight.dtype:
         return Image(image.alone().to(weight.dtype))
     return image
@@ -286,7 +292,9 @@ def convolved(
         size = geometry.size_of(size, taps)
     shape = n, out, *size
     like = weight.new_empty_strided(shape, (0,) * len(shape))
-    images = _rounded(first, weight), None if second is None else _rounded(second, weight)
+    sums = ENGINES[engine].FUSES and not transposed
+    others = None if second is None else _rounded(second, weight, sums)
+    images = _rounded(first, weight, sums), others
     grad = torch.is_grad_enabled()
     return Deferred(Launch(product, *images, weight, bias, like, grad, by_result, owner))
 

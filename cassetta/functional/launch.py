@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cassetta.functional import recordings
 from cassetta.functional.block import Compiled, Image, Plan, Product, beside, compute
 from cassetta.functional.sites import Site
 from cassetta.functional.steps import Steps, completed, prepared
+from cassetta.kernels import activations
 from cassetta.kernels.engines import ENGINES
 from cassetta.kernels.types import NOTHING, Activation, Moments, Prologue, apart
 
@@ -55,15 +57,15 @@ class Launch(NamedTuple):
         """Return it with steps that leave with the product, and a residual that is added then."""
         return self._with(prepared(self.like, steps).prologue(steps.activation), residual)
 
-    def run(self, steps: Steps) -> Image:
-        """Compute it, and what the steps that follow amount to."""
+    def run(self, steps: Steps, sums: bool) -> Image:
+        """Compute it, and what the steps that follow amount to; `sums`: as `Deferred.read`."""
         launch, steps = self._folded(steps)
         if self.differentiable == torch.is_grad_enabled():
-            return launch._run(steps)
+            return launch._run(steps, sums)
         with torch.set_grad_enabled(self.differentiable):
-            return launch._run(steps)
+            return launch._run(steps, sums)
 
-    def _run(self, steps: Steps) -> Image:
+    def _run(self, steps: Steps, sums: bool) -> Image:
         by_result = self.by_result and steps.are_told()
         leaves = by_result and steps.factors[0] is None and self._fuses() and self.residual is None
         leaves = leaves and not self.product.transposed
@@ -71,16 +73,43 @@ class Launch(NamedTuple):
         if leaves:
             launch = self._with(Prologue(activation=steps.activation), None)
         of = None if self.product.transposed else steps.moments_of()
-        if steps.are_none() or torch.compiler.is_compiling() or self.like.numel() < APART:
-            return _node(launch, launch.first, steps, None, of, by_result, leaves)[0]
-        y, own = _node(launch, launch.first, Steps(), None, of, False, False)
-        return _node(None, y, steps, own, None, by_result, leaves)[0]
+        is_one = torch.compiler.is_compiling() or self.like.numel() < APART
+        if is_one and (by_result or steps.are_none()) and self._is_plain(steps):
+            return self._plain(steps)
+        if is_one or steps.are_none():
+            return _node(launch, launch.first, steps, None, of, (by_result, leaves, sums))[0]
+        bias = self.bias if steps.word[:1] == "n" and not steps.are_known() else None
+        if bias is not None:  # whose gradient follows from what the norm asks for
+            launch = self._with(self.epilogue, self.residual, bias.detach())
+        y, own = _node(launch, launch.first, Steps(), None, of, (False, False, False))
+        return _node(None, y, steps, own, None, (by_result, leaves, sums), bias)[0]
+
+    def _is_plain(self, steps: Steps) -> bool:
+        """Tell whether nodes of torch keep no more than ours, which is slower for the host."""
+        is_whole = self.second is None and self.first.prologue.is_identity()
+        is_whole = is_whole and steps.factors == (None, None, None)
+        return is_whole and ENGINES[self.product.engine].IS_TORCH
+
+    def _plain(self, steps: Steps) -> Image:
+        """Compute it by nodes of torch; an activation is told by its result, or there is none."""
+        (engine, geometry, transposed), x = self.product, self.first.alone()
+        run, given = ENGINES[engine], (self.weight, self.bias, geometry)
+        with recordings.unrounded(x):
+            if transposed:
+                y = run.transposed(x, NOTHING, *given)
+            else:
+                y, _ = run.fprop(x, NOTHING, None, NOTHING, *given)
+            y = activations.apply_(y, steps.activation) if steps.word else y
+        return Image(y)
 
     def _fuses(self) -> bool:
         return ENGINES[self.product.engine].FUSES
 
-    def _with(self, epilogue: Prologue, residual: Tensor | None) -> Launch:
+    def _with(
+        self, epilogue: Prologue, residual: Tensor | None, other: Tensor | None = None
+    ) -> Launch:
         product, first, second, weight, bias, like, differentiable, by_result, owner, _, _ = self
+        bias = bias if other is None else other
         images = first, second
         kind = like, differentiable, by_result, owner
         return Launch(product, *images, weight, bias, *kind, epilogue, residual)
@@ -104,23 +133,26 @@ class Launch(NamedTuple):
         return self.plus(None, early), late
 
 
-def transformed(x: Tensor, steps: Steps, own: Moments | None) -> Image:
+def transformed(x: Tensor, steps: Steps, own: Moments | None, sums: bool) -> Image:
     """Compute what steps on an image amount to; `own` are its moments, where they are known."""
     if steps.are_none():
         return Image(x)
     own = own if steps.word[:1] == "n" else None
-    return _node(None, Image(x), steps, own, None, False, False)[0]
+    return _node(None, Image(x), steps, own, None, (False, False, sums))[0]
 
 
 def _node(
     launch: Launch | None, x: Image, steps: Steps, own: Moments | None, of: Activation | None,
-    by_result: bool, leaves: bool,
+    flags: tuple[bool, bool, bool], b: Tensor | None = None,
 ) -> tuple[Image, Moments | None]:  # fmt: skip
     """Run the node of autograd, or what it computes, where nothing asks for a gradient.
 
-    Returns moments of y if they are asked for, by `of`, and no step takes them.
+    Returns moments of y if they are asked for, by `of`, and no step takes them. The flags are those
+    of a plan: `by_result`, `leaves`, and `is_summed` as far as readers are concerned. Without a
+    launch, x may be a sum with a bias b, of which it is no function in the graph.
     """
-    product = second = w = b = r = None
+    by_result, leaves, is_summed = flags
+    product = second = w = r = None
     epilogue, like = NOTHING, x.x
     if launch is not None:
         product, second, w, b, r = (
@@ -131,7 +163,7 @@ def _node(
     wanted = [one for one in inputs if one is not None and one.requires_grad]
     is_node, norm = torch.is_grad_enabled() and len(wanted) > 0, steps.norm
     traces = torch.compiler.is_compiling()
-    told: list[Any] = [is_node and norm is not None and not traces]
+    told: list[Any] = [is_summed and is_node and norm is not None and not traces]
     tables = prepared(like, steps)
     plan, numbers = _plan(product, x, second, epilogue, steps, of, (by_result, leaves, told[0]))
     tensors = beside(

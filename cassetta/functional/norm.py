@@ -123,8 +123,10 @@ def standardize(
 
 def norm_gradients(
     norm: Normalization, tables: Any, sums: Tensor, voxels: int
-) -> tuple[Tensor, Tensor, Fold | None]:
-    """Return the gradients of gamma and beta (C,), and what flows through the statistics.
+) -> tuple[Tensor, Tensor, Tensor, Fold | None]:
+    """Return the gradients of gamma and beta (C,), of a bias before, what flows through statistics.
+
+    The bias is added to b: its gradient needs no pass over an image.
 
     Parameters
     ----------
@@ -140,16 +142,16 @@ def norm_gradients(
     pooling = FIXED if norm.fixed is not None or group is not None else norm.pool.pooling()
     gamma = norm.gamma
     shares = ops.norm_finalize_backward(sums, *given, tables.after, gamma, voxels, pooling)
-    dgamma, dbeta = added(shares[:2], 1).unbind()
+    dgamma, dbeta, dbias = added(shares[:3], 1).unbind()
     if norm.fixed is not None:
-        return dgamma, dbeta, None
+        return dgamma, dbeta, dbias, None
     if group is None:
-        return dgamma, dbeta, Fold(shares[2], shares[3], centre)
+        return dgamma, dbeta, dbias, Fold(shares[3], shares[4], centre)
     k = 1.0 if gamma is None else gamma.to(dbeta.dtype)
     own = torch.stack([dbeta * k, dgamma * k])
     m0, m1 = _mean_of_all(own, mean.shape[0] * voxels, group)
     a, slope = reference.norm_fold(m0, m1, *given)
-    return dgamma, dbeta, Fold(a, slope, centre)
+    return dgamma, dbeta, dbias + voxels * a.sum(0), Fold(a, slope, centre)
 
 
 def _moments_of_all(own: Moments, count: int, group: Any) -> tuple[Moments, Tensor]:

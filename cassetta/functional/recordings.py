@@ -170,6 +170,28 @@ _level: Any = torch._C._functorch.maybe_current_level  # pyright: ignore
 _has_storage: Any = torch._C._has_storage
 
 
+def alike(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """Return a function that tells of as many tensors whether they are of the kinds of these.
+
+    Class, shape, strides, dtype, device, `requires_grad`, and what dispatches operators on them,
+    as `torch.compile` compares them; a tensor that comes twice is never of the kind.
+    """
+    shapes, strides = [[*x.shape] for x in tensors], [[*x.stride()] for x in tensors]
+    sizes = {"dynamic_dims_sizes": shapes, "dynamic_dims_strides": strides}
+    try:
+        return torch._C._dynamo.guards.TensorGuards(*tensors, **sizes).check  # pyright: ignore
+    except (AttributeError, TypeError):  # which is no public function of torch
+        known = [*map(_kind, tensors)]
+        return lambda *others: (
+            [*map(_kind, others)] == known and len({*map(id, others)}) == len(known)
+        )
+
+
+def _kind(x: Tensor) -> tuple[Any, ...]:
+    dispatched = x.is_inference(), torch.is_inference_mode_enabled()
+    return type(x), x.shape, x.stride(), x.dtype, x.device, x.requires_grad, *dispatched
+
+
 def settings(x: Tensor) -> tuple[Any, ...]:
     """What else the passes over such an image depend on."""
     exact = precision.of_convolutions() if x.dtype is torch.float32 else ""

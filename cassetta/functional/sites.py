@@ -22,17 +22,17 @@ from cassetta.functional.norm import Running
 from cassetta.functional.programs import called
 from cassetta.kernels import layout, tape
 
-_INPUTS = 8
-"""Of `block.compute`: what may need gradients; and how many of what is saved are no tables."""
+_INPUTS, _SAVED = 8, 6
+"""Of `block.compute`, what may need gradients; of what `block.saved` lists, what is no table."""
 
 _GRADIENTS = 0, 2, 4, 5, 6, 7, 8, 9, 1, 3
 """Where, among what `block.Backward` returns, are the gradients of the inputs, and of sums."""
 
-_LEARNED = 2, 3, 5, 6, 7
-"""Parameters, among the inputs, and among what is saved."""
+_LEARNED = 2, 4, 5
+"""Parameters, among what is saved."""
 
-_LIMIT = 64
-"""How many kinds of gradients a site knows how to go on from; then it begins anew."""
+_LIMIT = 8
+"""How many kinds of gradients a site knows how to go on from, the newest ones."""
 
 _ROWS = 5
 """Of what `norm_finalize` returns."""
@@ -70,7 +70,7 @@ class Site:
         self._is_shared = plan.norm is not None and plan.norm[0].process_group is not None
         self._reads_sums = (sums[0] is not None, sums[1] is not None)
         self._forward: Callable[..., Any] | None = None
-        self._backward: dict[Any, Callable[..., Any]] = {}
+        self._backward: list[tuple[Any, Callable[..., bool], Callable[..., Any]]] = []
         self.is_view = plan.product is None
         self.nb_inputs = len(_present(inputs))
         self._inputs = _places(inputs)
@@ -79,13 +79,13 @@ class Site:
         found = [_Place(len(tables) + n) for n in range(4)]
         beside = self._tables[: len(tensors)]
         (*parts,) = saved(plan, self._inputs, beside, self.nb_inputs, found)
-        self._saved, rows = _places(parts[:_INPUTS]), parts[_INPUTS:]
+        self._saved, rows = _places(parts[:_SAVED]), parts[_SAVED:]
         whole = [*dict.fromkeys(place.which for place in _present(rows))]
         self._saved_tables = tuple([
             None if place is None else _Place(whole.index(place.which), place.row)
             for place in rows
         ])  # fmt: skip
-        self.saved, self.saved_tables = _picker(_present(parts[:_INPUTS])), _picker(whole)
+        self.saved, self.saved_tables = _picker(_present(parts[:_SAVED])), _picker(whole)
         self._learned = _present([self._saved[n] for n in _LEARNED])
         # of each input, the place of its gradient among None and what `Backward` returns
         own = zip(_GRADIENTS, (*inputs, *sums), strict=True)
@@ -149,33 +149,34 @@ class Site:
         """Return what `block.Backward` does, given what was saved, and which inputs need it."""
         keep = None
         if recordings.is_unseen(g):
-            learned = [kept[n] for n in self._learned]  # a user may have given it other data
-            forms = [(x.shape, x.stride(), x.dtype) for x in learned]
+            own = g, *[kept[n] for n in self._learned]  # a user may have given one other data
             words = g.shape[1] % layout.WORD == 0 or layout.is_in_words(g)
-            form = type(g), g.stride(), g.dtype, words, g.data_ptr() % 16, sums is None
-            key = needs, form, *forms, recordings.settings(g)
-            again = self._backward.get(key)
-            if again is not None:
-                given = (g, *kept) if sums is None else (g, sums, *kept)
+            key = needs, sums is None, words, g.data_ptr() % 16, recordings.settings(g)
+            for entry in self._backward:
+                known, are_alike, again = entry
+                if known != key or not are_alike(*own):
+                    continue
                 try:
-                    return _unrounded(again, given)
+                    return _unrounded(again, (g, *kept) if sums is None else (g, sums, *kept))
                 except tape.Changed:
-                    del self._backward[key]
-            if len(self._backward) >= _LIMIT:
-                self._backward.clear()
-            keep = lambda again: self._backward.__setitem__(key, again)  # noqa: E731
+                    self._backward.remove(entry)
+                    break
+            keep = lambda again: self._remember(key, own, again)  # noqa: E731
         wanted = tuple([n is not None and needs[n] for n in self._needs])
         back = Backward(self._plan, self._numbers, wanted, self._reads_sums)
         tables = kept[len(_present(self._saved)) :]
         everything = g, sums, *[None if n is None else kept[n] for n in self._saved], *tables
 
         def compute(*tensors: Any) -> tuple[Any, ...]:
-            own, tables = tensors[: _INPUTS + 2], tensors[_INPUTS + 2 :]
+            own, tables = tensors[: _SAVED + 2], tensors[_SAVED + 2 :]
             return back.compute(*own, *_rows(self._saved_tables, tables))
 
         if self._is_shared:
             return compute(*everything)
         return recordings.run(("backward", back, self._saved_tables), compute, everything, keep)
+
+    def _remember(self, key: Any, own: Sequence[Tensor], again: Callable[..., Any]) -> None:
+        self._backward[:] = [(key, recordings.alike(own), again), *self._backward[: _LIMIT - 1]]
 
 
 class Block(Function):

@@ -170,10 +170,17 @@ def completed(tables: Tables, word: str, found: Sequence[Tensor | None]) -> Tabl
 
 
 def gradients(
-    g: Tensor, sums: Tensor | None, x: Tensor, steps: Steps, tables: Tables,
+    g: Tensor,
+    sums: Tensor | None,
+    x: Tensor,
+    steps: Steps,
+    tables: Tables,
     needs: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, gamma, beta and PReLU's weight that are needed.
+
+    And, if it takes no pass over an image, the sums (C,) of the gradient of x, which are that of a
+    bias.
 
     Parameters
     ----------
@@ -184,7 +191,7 @@ def gradients(
     x : (N, C, *X) tensor
         The image that the steps are done to; g itself will do where only its shape matters.
     """
-    dx = dgamma = dbeta = dweight = fold = None
+    dx = dgamma = dbeta = dweight = dbias = fold = None
     prologue, norm = tables.prologue(steps.activation), steps.norm
     outer = steps.word == "an"
     if norm is not None and (norm.fixed is None or needs[1] or needs[2]):
@@ -192,7 +199,7 @@ def gradients(
         assert centre is not None
         if sums is None:
             sums = ops.prologue_sums(g, x, prologue, centre, None, outer)
-        dgamma, dbeta, fold = norm_gradients(norm, tables, sums, math.prod(x.shape[2:]))
+        dgamma, dbeta, dbias, fold = norm_gradients(norm, tables, sums, math.prod(x.shape[2:]))
     if needs[3]:  # after the norm, which has its share in the gradient of what precedes it
         weight = steps.weight
         assert weight is not None
@@ -202,7 +209,7 @@ def gradients(
         dweight = dslope.sum(0) if weight.numel() > 1 else dslope.sum().reshape(1)
     if needs[0]:
         dx = ops.prologue_dgrad(g, x, prologue, fold, outer)
-    return dx, dgamma, dbeta, dweight
+    return dx, dgamma, dbeta, dweight, None if outer else dbias
 
 
 def gradient_by_result(g: Tensor, z: Tensor, steps: Steps) -> Tensor:

@@ -8,7 +8,7 @@ what follows from them is found once.
 import functools
 import itertools
 import operator
-from collections.abc import Callable, ValuesView
+from collections.abc import Callable, Iterator, ValuesView
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -31,6 +31,8 @@ class _Known(NamedTuple):
 
     look: Callable[[], list[Any]]
     facts: list[Any]  # what that saw
+    registers: Callable[[], Iterator[Any]]  # the dictionaries of tensors and modules
+    held: list[Any]  # what these were
     found: dict[Any, Any]  # what was decided then, by the kinds of images
     views: list[ValuesView[Tensor | None]]  # its parameters and buffers, and those within
 
@@ -74,51 +76,66 @@ def add(found: dict[Any, Any], kind: Any, decided: T) -> T:
 def of(module: nn.Module) -> _Known:
     """Return what is known of the module as it is now; what is decided is to be added."""
     known = _known.get(module, _NOTHING)
-    facts = known.look()
-    facts.append(type(module))
-    if len(facts) != len(known.facts) or not all(map(operator.is_, facts, known.facts)):
-        look, views = _looking_at(module)
-        known = _known[module] = _Known(look, [*look(), type(module)], {}, views)
+    if not _is_as_it_was(module, known):
+        look, registers, views = _looking_at(module)
+        facts = [*look(), type(module)]
+        known = _known[module] = _Known(look, facts, registers, [*registers()], {}, views)
     return known
+
+
+def _is_as_it_was(module: nn.Module, known: _Known) -> bool:
+    """Tell whether all that is known to have been equals what is; most of it is the same object."""
+    seen = known.look()
+    seen.append(type(module))
+    try:
+        is_equal = seen == known.facts
+    except Exception:
+        return False
+    return is_equal and all(map(operator.is_, known.registers(), known.held))
 
 
 def _looking_at(
     module: nn.Module,
-) -> tuple[Callable[[], list[Any]], list[ValuesView[Tensor | None]]]:
+) -> tuple[Callable[[], list[Any]], Callable[[], Iterator[Any]], list[ValuesView[Tensor | None]]]:
     """Return what lists all that a module and those within are, but for the values of tensors.
 
     The children of each module are in the list, so a module that is added or removed is noticed.
+    And what finds the dictionaries in which there is something, and values of those of tensors.
     """
     _, *within = module.modules()
     if any(isinstance(one, torch.jit.ScriptModule) for one in within):
-        return lambda: [object()], []  # what is compiled cannot be seen: each time it is another
+        return lambda: [object()], lambda: iter(()), []  # of what is compiled nothing is seen
     views: list[Any] = []
     tensors: list[ValuesView[Tensor | None]] = []
-    registers: list[Any] = []  # most of which are empty, and need no more than to be counted
+    held: list[tuple[dict[str, Any], str]] = []
+    empty: list[Any] = []  # registers in which there is nothing, as in most
     for own in (one.__dict__ for one in (module, *within)):
         views.append(own.values())
         views += [one for one in [*own.values()] if isinstance(one, list)]  # and their entries
+        held += [(own, name) for name in _HELD if own[name]]
+        held += [(own, name) for name, one in own.items() if isinstance(one, Tensor)]
         for name in ("_parameters", "_buffers"):
             views += [own[name].keys()] * bool(own[name])
             tensors += [own[name].values()] * bool(own[name])
-        named = [own[name] for name in ("_modules", *_HOOKS)]
-        views += [one.values() for one in named if one]
-        registers += [own["_parameters"], own["_buffers"], *named]
+        views += [own[name].values() for name in ("_modules", *_HOOKS) if own[name]]
+        empty += [own[name] for name in (*_HELD, *_HOOKS) if not own[name]]
     chained = itertools.chain.from_iterable
     kinds = {type(one) for one in within}
+    owners, names = zip(*held, strict=True) if held else ((), ())
     look = lambda: [  # noqa: E731
-        *map(type, within), *map(_forward, kinds), *map(len, registers), *chained(views),
+        any(empty), *map(type, within), *map(_forward, kinds), *chained(views),
         *map(_is_none, chained(tensors)),
     ]  # fmt: skip
-    return look, tensors
+    return look, lambda: map(operator.getitem, owners, names), tensors
 
 
-_NOTHING = _Known(lambda: [], [], {}, [])
+_NOTHING = _Known(lambda: [], [], lambda: iter(()), [], {}, [])
 """Of a module that nobody has looked at."""
 
 _IS_DISTRIBUTED = dist.is_available()
 _forward = operator.attrgetter("forward")
 _is_none = functools.partial(operator.is_, None)
+_HELD = "_parameters", "_buffers", "_modules"
 _HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 

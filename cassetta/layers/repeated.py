@@ -5,7 +5,6 @@ modules, the kinds of their parameters and the settings of the process are as th
 """
 
 import functools
-import operator
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -34,21 +33,22 @@ def repeated(forward: F) -> F:
             return forward(self, *images, **options)
         now = decisions.of(self)
         found, tensors = now.found, now.tensors()
-        key, kinds = _key(images, options), _kinds(tensors)
+        key = _key(images, options)
         variants = found.get(key)
         if variants is None:
             variants = decisions.add(found, key, [])
-        for n, (known, program) in enumerate(variants):
-            if known != kinds:
+        for n, (are_alike, program) in enumerate(variants):
+            if not are_alike(*tensors):
                 continue
             if program is _SEEN:
                 traced, out = _traced(forward, self, images, options, tensors)
-                variants[n] = known, _NEVER if traced is None else traced
+                variants[n] = are_alike, _NEVER if traced is None else traced
                 return out
             return (
                 forward(self, *images, **options) if program is _NEVER else program(images, tensors)
             )
-        variants[:] = [*variants[1 - VARIANTS :], (kinds, _SEEN)]
+        if len({*map(id, tensors)}) == len(tensors):
+            variants[:] = [*variants[1 - VARIANTS :], (recordings.alike(tensors), _SEEN)]
         return forward(self, *images, **options)
 
     return whole  # type: ignore[return-value]
@@ -88,14 +88,6 @@ def _key(images: tuple[Tensor, ...], options: dict[str, Any]) -> Any:
         *options.items(), *forms, torch.is_inference_mode_enabled(), decisions.process(first),
         recordings.settings(first),
     )  # fmt: skip
-
-
-def _kinds(tensors: list[Tensor]) -> list[Any]:
-    """Return the types, shapes, dtypes, devices, `requires_grad` and strides of these."""
-    return [*map(type, tensors), *map(_form, tensors), *map(Tensor.stride, tensors)]
-
-
-_form = operator.attrgetter("shape", "dtype", "device", "requires_grad")
 
 
 def _traced(

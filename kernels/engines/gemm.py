@@ -13,6 +13,7 @@ from cassetta.kernels.operands import built, summed
 from cassetta.kernels.types import NOTHING, Activation, Geometry, Moments, Prologue
 
 FUSES = True
+IS_TORCH = False
 
 
 def supports(geometry: Geometry, taps: tuple[int, ...]) -> str | None:
@@ -38,11 +39,11 @@ def fprop(
 
 
 def bprop(
-    g: Tensor, x: Tensor, p: Prologue, w: Tensor, b: Tensor | None, geometry: Geometry,
+    g: Tensor, x: Tensor, p: Prologue, w: Tensor, geometry: Geometry,
     needs: tuple[bool, bool, bool], centre: Tensor | None = None, outer: bool = False,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return the gradients of z (and its sums, with a centre), w and b that are needed."""
-    dw, db = wgrad(g, x, p, w, b, geometry, needs[1:])
+    dw, db = wgrad(g, x, p, w, geometry, needs[1:])
     dz, sums = dgrad(g, w, geometry, x, p, centre, outer) if needs[0] else (None, None)
     return dz, sums, dw, db
 
@@ -58,12 +59,11 @@ def dgrad(
 
 
 def wgrad(
-    g: Tensor, x: Tensor, p: Prologue, w: Tensor, b: Tensor | None, geometry: Geometry,
-    needs: tuple[bool, bool],
+    g: Tensor, x: Tensor, p: Prologue, w: Tensor, geometry: Geometry, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Return the gradients of w and b that are needed, in float32 at least.
+    """Return the gradients of w and of a bias that are needed, in float32 at least.
 
-    The sum for b is a pass of its own, as no product can take it along (`conv_wgrad`).
+    The sum for a bias is a pass of its own, as no product can take it along (`conv_wgrad`).
     """
     dw = db = None
     if needs[0]:

@@ -12,6 +12,7 @@ from cassetta.kernels.operands import built
 from cassetta.kernels.types import NOTHING, Activation, Geometry, Moments, Prologue
 
 FUSES = False
+IS_TORCH = True
 
 LARGE = 2**24
 """Elements of an image from which on its memory counts more than a call of the host."""
@@ -38,19 +39,19 @@ def fprop(
 
 
 def bprop(
-    g: Tensor, x: Tensor, p: Prologue, w: Tensor, b: Tensor | None, geometry: Geometry,
+    g: Tensor, x: Tensor, p: Prologue, w: Tensor, geometry: Geometry,
     needs: tuple[bool, bool, bool], centre: Tensor | None = None, outer: bool = False,
 ) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Return the gradients of z, w and b that are needed, and, in the second place, no sums.
+    """Return the gradients of z, w and a bias that are needed, and, in the second place, no sums.
 
     By one call, which is quicker for the host; or, where images are large, by two, so that z is
     gone before its gradient is there.
     """
     if needs[0] and any(needs[1:]) and _is_large(g):
-        dw, db = wgrad(g, x, p, w, b, geometry, needs[1:])
+        dw, db = wgrad(g, x, p, w, geometry, needs[1:])
         return *dgrad(g, w, geometry, x), dw, db
     z = built(x, p if needs[1] else NOTHING, w.dtype)  # else for its shape and layout
-    dz, dw, db = library.conv_backward(g, z, w, b, geometry, needs)
+    dz, dw, db = library.conv_backward(g, z, w, geometry, needs)
     return dz, None, dw, db
 
 
@@ -64,16 +65,15 @@ def dgrad(
 ) -> tuple[Tensor | None, None]:  # fmt: skip
     """Return the gradient of z, given that of y, g (N, K, *Y); and no sums."""
     like = x.to(w.dtype)
-    return library.conv_backward(g, like, w, None, geometry, (True, False, False))[0], None
+    return library.conv_backward(g, like, w, geometry, (True, False, False))[0], None
 
 
 def wgrad(
-    g: Tensor, x: Tensor, p: Prologue, w: Tensor, b: Tensor | None, geometry: Geometry,
-    needs: tuple[bool, bool],
+    g: Tensor, x: Tensor, p: Prologue, w: Tensor, geometry: Geometry, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Return the gradients of w and b that are needed."""
+    """Return the gradients of w and of a bias that are needed."""
     z = built(x, p if needs[0] else NOTHING, w.dtype)
-    return library.conv_backward(g, z, w, b, geometry, (False, *needs))[1:]
+    return library.conv_backward(g, z, w, geometry, (False, *needs))[1:]
 
 
 def transposed(
