@@ -19,7 +19,7 @@ _ONE_KERNEL_FOR_ALL = ["C", "pools", "members", "pool_step", "member_step", "siz
 
 
 @triton.jit
-def _entry(ptr, at, inside, DEFAULT: tl.constexpr):
+def entry(ptr, at, inside, DEFAULT: tl.constexpr):
     """Entries of a table; DEFAULT where there is no table."""
     if ptr is None:
         values = tl.full(at.shape, DEFAULT, tl.float32)
@@ -33,6 +33,32 @@ def _approach(ptr, new, momentum, inside):
     """Move what is kept towards what is new, by this fraction of the way."""
     old = tl.load(ptr, mask=inside, other=0.0)
     tl.store(ptr, old + momentum * (new - old), mask=inside)
+
+
+@triton.jit
+def store_tables(
+    out, size, inside, own, mean, var, before, gamma, beta, eps, unbiased
+):  # fmt: skip
+    """What a norm amounts to, where each of these is a block of the shape of `out`."""
+    rstd = 1.0 / tl.sqrt_rn(var + eps)
+    scale = rstd * gamma
+    tl.store(out, mean, mask=inside)
+    tl.store(out + size, var * unbiased, mask=inside)
+    tl.store(out + 2 * size, rstd, mask=inside)
+    tl.store(out + 3 * size, scale * before, mask=inside)
+    tl.store(out + 4 * size, beta - mean * scale, mask=inside)
+    tl.store(out + 5 * size, own, mask=inside)
+
+
+@triton.jit
+def update_running(
+    mean_ptr, var_ptr, batches_ptr, channel, inside, mean, var, momentum
+):  # fmt: skip
+    """Take in the statistics of a batch; one program counts it."""
+    _approach(mean_ptr + channel, mean, momentum, inside)
+    _approach(var_ptr + channel, var, momentum, inside)
+    if tl.program_id(0) == 0:
+        tl.store(batches_ptr, tl.load(batches_ptr) + 1)
 
 
 @triton.jit(do_not_specialize=_ONE_KERNEL_FOR_ALL)
@@ -49,9 +75,9 @@ def _norm_finalize_kernel(
         m = start + tl.arange(0, BLOCK_M)
         inside = (pool < pools)[:, None] & (m < members)[None, :]
         at = pool[:, None] * pool_step + m[None, :] * member_step
-        own = _entry(mean_ptr, at, inside, 0.0)
+        own = entry(mean_ptr, at, inside, 0.0)
         if not FIXED:
-            own *= _entry(before_ptr, at, inside, 1.0)
+            own *= entry(before_ptr, at, inside, 1.0)
         total += tl.sum(own, 1)
         start += BLOCK_M
     mean = (total / members)[:, None]
@@ -61,35 +87,31 @@ def _norm_finalize_kernel(
         m = start + tl.arange(0, BLOCK_M)
         inside = (pool < pools)[:, None] & (m < members)[None, :]
         at = pool[:, None] * pool_step + m[None, :] * member_step
-        own, var = _entry(mean_ptr, at, inside, 0.0), _entry(var_ptr, at, inside, 0.0)
+        own, var = entry(mean_ptr, at, inside, 0.0), entry(var_ptr, at, inside, 0.0)
         if not FIXED:
-            before = _entry(before_ptr, at, inside, 1.0)
+            before = entry(before_ptr, at, inside, 1.0)
             own *= before
             var *= before * before
         apart = own - mean
         total += tl.sum(tl.where(inside, var + apart * apart, 0.0), 1)
         start += BLOCK_M
     var = (total / members)[:, None]
-    rstd = 1.0 / tl.sqrt_rn(var + eps)
     if batches_ptr is not None:
-        channel, is_one = pool[:, None], (pool < pools)[:, None]
-        _approach(running_mean_ptr + channel, mean, momentum, is_one)
-        _approach(running_var_ptr + channel, var * unbiased, momentum, is_one)
-        if tl.program_id(0) == 0:
-            tl.store(batches_ptr, tl.load(batches_ptr) + 1)
+        update_running(
+            running_mean_ptr, running_var_ptr, batches_ptr, pool[:, None], (pool < pools)[:, None],
+            mean, var * unbiased, momentum,
+        )  # fmt: skip
     start = 0
     while start < members:
         m = start + tl.arange(0, BLOCK_M)
         inside = (pool < pools)[:, None] & (m < members)[None, :]
         at = pool[:, None] * pool_step + m[None, :] * member_step
-        scale = rstd * _entry(gamma_ptr, at % C, inside, 1.0)
-        shift = _entry(beta_ptr, at % C, inside, 0.0) - mean * scale
-        out = out_ptr + at
-        tl.store(out, tl.broadcast_to(mean, at.shape), mask=inside)
-        tl.store(out + size, tl.broadcast_to(var * unbiased, at.shape), mask=inside)
-        tl.store(out + 2 * size, tl.broadcast_to(rstd, at.shape), mask=inside)
-        tl.store(out + 3 * size, scale * _entry(before_ptr, at, inside, 1.0), mask=inside)
-        tl.store(out + 4 * size, shift, mask=inside)
+        store_tables(
+            out_ptr + at, size, inside, entry(mean_ptr, at, inside, 0.0),
+            tl.broadcast_to(mean, at.shape), tl.broadcast_to(var, at.shape),
+            entry(before_ptr, at, inside, 1.0), entry(gamma_ptr, at % C, inside, 1.0),
+            entry(beta_ptr, at % C, inside, 0.0), eps, unbiased,
+        )  # fmt: skip
         start += BLOCK_M
 
 
@@ -114,10 +136,10 @@ def _finalized(
 ) -> Tensor:  # fmt: skip
     n, c = own.mean.shape
     pools, members, *steps = pooling.pools(n, c)
-    out = torch.empty(5, n, c, dtype=torch.float32, device=own.mean.device)
+    out = torch.empty(6, n, c, dtype=torch.float32, device=own.mean.device)
     tile.launch(
         _norm_finalize_kernel, out, configs.over_pools(pools, members),
-        *map(_dense, (own.mean, own.var, before, gamma, beta)), out, eps,
+        *map(dense, (own.mean, own.var, before, gamma, beta)), out, eps,
         pooling.unbiased(n, c, voxels), *running, c, pools, members, *steps, n * c,
         FIXED=pooling.kind == "fixed",
     )  # fmt: skip
@@ -125,15 +147,28 @@ def _finalized(
 
 
 @triton.jit
-def _shares(
-    g_ptr, gb_ptr, mean_ptr, rstd_ptr, centre_ptr, before_ptr, after_ptr, at, inside
+def shares(
+    g, gb, mean_ptr, rstd_ptr, centre_ptr, before_ptr, after_ptr, at, inside
 ):  # fmt: skip
     """Shares in the gradients of gamma and beta; and 1/std, what the centre is off, the factor."""
-    g, gb = _entry(g_ptr, at, inside, 0.0), _entry(gb_ptr, at, inside, 0.0)
-    rstd, before = _entry(rstd_ptr, at, inside, 0.0), _entry(before_ptr, at, inside, 1.0)
-    apart = before * _entry(centre_ptr, at, inside, 0.0) - _entry(mean_ptr, at, inside, 0.0)
-    after = _entry(after_ptr, at, inside, 1.0)
+    rstd, before = entry(rstd_ptr, at, inside, 0.0), entry(before_ptr, at, inside, 1.0)
+    apart = before * entry(centre_ptr, at, inside, 0.0) - entry(mean_ptr, at, inside, 0.0)
+    after = entry(after_ptr, at, inside, 1.0)
     return after * rstd * (before * gb + apart * g), after * g, rstd, apart, before
+
+
+@triton.jit
+def store_fold(
+    out, size, inside, dbeta, gamma, m0, m1, rstd, apart, before, voxels, FIXED: tl.constexpr
+):  # fmt: skip
+    """The sums of the gradient of b, a and k, from the means m0 and m1 of a pool."""
+    a = -before * rstd * (m0 + rstd * m1 * apart)
+    k = -before * before * rstd * rstd * m1
+    if FIXED:
+        a, k = tl.zeros_like(rstd), tl.zeros_like(rstd)
+    tl.store(out, before * rstd * gamma * dbeta + voxels * a, mask=inside)
+    tl.store(out + size, a, mask=inside)
+    tl.store(out + 2 * size, k, mask=inside)
 
 
 @triton.jit(do_not_specialize=_ONE_KERNEL_FOR_ALL)
@@ -150,10 +185,11 @@ def _norm_finalize_backward_kernel(
         m = start + tl.arange(0, BLOCK_M)
         inside = (pool < pools)[:, None] & (m < members)[None, :]
         at = pool[:, None] * pool_step + m[None, :] * member_step
-        dgamma, dbeta, _, _, _ = _shares(
-            g_ptr, gb_ptr, mean_ptr, rstd_ptr, centre_ptr, before_ptr, after_ptr, at, inside
-        )
-        gamma = _entry(gamma_ptr, at % C, inside, 1.0)
+        dgamma, dbeta, _, _, _ = shares(
+            entry(g_ptr, at, inside, 0.0), entry(gb_ptr, at, inside, 0.0), mean_ptr, rstd_ptr,
+            centre_ptr, before_ptr, after_ptr, at, inside,
+        )  # fmt: skip
+        gamma = entry(gamma_ptr, at % C, inside, 1.0)
         m0 += tl.sum(tl.where(inside, dbeta * gamma, 0.0), 1)
         m1 += tl.sum(tl.where(inside, dgamma * gamma, 0.0), 1)
         tl.store(out_ptr + at, dgamma, mask=inside)
@@ -164,18 +200,15 @@ def _norm_finalize_backward_kernel(
         m = start + tl.arange(0, BLOCK_M)
         inside = (pool < pools)[:, None] & (m < members)[None, :]
         at = pool[:, None] * pool_step + m[None, :] * member_step
-        _, dbeta, rstd, apart, before = _shares(
-            g_ptr, gb_ptr, mean_ptr, rstd_ptr, centre_ptr, before_ptr, after_ptr, at, inside
-        )
-        mean_1 = (share * m1)[:, None]
-        a = -before * rstd * ((share * m0)[:, None] + rstd * mean_1 * apart)
-        k = -before * before * rstd * rstd * mean_1
-        if FIXED:
-            a, k = tl.zeros_like(rstd), tl.zeros_like(rstd)
-        direct = before * rstd * _entry(gamma_ptr, at % C, inside, 1.0) * dbeta
-        tl.store(out_ptr + 2 * size + at, direct + voxels * a, mask=inside)
-        tl.store(out_ptr + 3 * size + at, a, mask=inside)
-        tl.store(out_ptr + 4 * size + at, k, mask=inside)
+        _, dbeta, rstd, apart, before = shares(
+            entry(g_ptr, at, inside, 0.0), entry(gb_ptr, at, inside, 0.0), mean_ptr, rstd_ptr,
+            centre_ptr, before_ptr, after_ptr, at, inside,
+        )  # fmt: skip
+        gamma = entry(gamma_ptr, at % C, inside, 1.0)
+        store_fold(
+            out_ptr + 2 * size + at, size, inside, dbeta, gamma, (share * m0)[:, None],
+            (share * m1)[:, None], rstd, apart, before, voxels, FIXED,
+        )  # fmt: skip
         start += BLOCK_M
 
 
@@ -189,11 +222,11 @@ def norm_finalize_backward(
     share = 1 / (members * voxels) if members * voxels else 0.0
     tile.launch(
         _norm_finalize_backward_kernel, out, configs.over_pools(pools, members),
-        *map(_dense, (sums[0], sums[1], mean, rstd, centre, before, after, gamma)), out, share,
+        *map(dense, (sums[0], sums[1], mean, rstd, centre, before, after, gamma)), out, share,
         float(voxels), c, pools, members, *steps, n * c, FIXED=pooling.kind == "fixed",
     )  # fmt: skip
     return out
 
 
-def _dense(table: Tensor | None) -> Tensor | None:
+def dense(table: Tensor | None) -> Tensor | None:
     return None if table is None else table.contiguous()

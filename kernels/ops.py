@@ -198,7 +198,7 @@ def _norms(s: Sample) -> Iterator[tuple[Tensor | None, Tensor | None, Pooling]]:
 
 norm_finalize = PassRecord(
     reference.norm_finalize, "finalize.norm_finalize",
-    lambda own, *rest: layout.tables(own.mean, 5),
+    lambda own, *rest: layout.tables(own.mean, 6),
     lambda s: [
         (Moments(s.one, s.one), factor, gamma, gamma, 1e-5, 8, pooling)
         for gamma, factor, pooling in _norms(s)
@@ -208,7 +208,7 @@ norm_finalize = PassRecord(
 
 norm_finalize_running = PassRecord(
     reference.norm_finalize_running, "finalize.norm_finalize_running",
-    lambda own, *rest: layout.tables(own.mean, 5),
+    lambda own, *rest: layout.tables(own.mean, 6),
     lambda s: [
         (Moments(s.one, s.one), f, gamma, gamma, 1e-5, 8, s.table(c), s.table(c), s.counter, 0.1)
         for c in s.shape[1:2] for gamma in (None, s.weights(c)) for f in (None, s.one)
@@ -224,4 +224,32 @@ norm_finalize_backward = PassRecord(
         for gamma, factor, pooling in _norms(s)
     ],
     of="tables",
+).stated()  # fmt: skip
+
+norm_statistics = PassRecord(
+    reference.norm_statistics, "reductions.norm_statistics",
+    lambda x, *rest: layout.tables(x, 6),
+    lambda s: [
+        (s.x, s.p, factor, gamma, gamma, 1e-5, pooling)
+        for gamma, factor, pooling in _norms(s) if pooling.kind != "fixed"
+    ],
+).stated()  # fmt: skip
+
+norm_statistics_running = PassRecord(
+    reference.norm_statistics_running, "reductions.norm_statistics_running",
+    lambda x, *rest: layout.tables(x, 6),
+    lambda s: [
+        (s.x, s.p, f, gamma, gamma, 1e-5, s.table(c), s.table(c), s.counter, 0.1)
+        for c in s.shape[1:2] for gamma in (None, s.weights(c)) for f in (None, s.one)
+    ],
+    changes=("mean", "var", "batches"),
+).stated()  # fmt: skip
+
+norm_sums = PassRecord(
+    reference.norm_sums, "reductions.norm_sums", lambda g, x, *rest: layout.tables(x, 5),
+    lambda s: [
+        (s.x, s.x, s.p, s.one, s.one, s.one, factor, factor, gamma, s.other, pooling)
+        for gamma, factor, pooling in _norms(s)
+    ],
+    judge="x",
 ).stated()  # fmt: skip

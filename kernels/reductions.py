@@ -12,20 +12,24 @@ factors differ in sign, and the variance of a constant comes out negative.
 The loops are `while`, because triton 3.6's interpreter cannot give `range` a bound under numpy 2.4.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cassetta.kernels import configs, layout, tile
+from cassetta.kernels import configs, finalize, layout, tile
 from cassetta.kernels.operands import added
-from cassetta.kernels.types import Fold, Moments, Prologue
+from cassetta.kernels.types import Fold, Moments, Pooling, Prologue
 
 
 @triton.jit
 def _moments_kernel(
     x_ptr, mean_ptr, m2_ptr, count_ptr, s1_ptr, t1_ptr, slope_ptr, s2_ptr, t2_ptr, r_ptr, z_ptr,
-    p, q, C, V, x_n, x_c, x_v, r_n, r_c, r_v, z_n, z_c, z_v, chunks, c_blocks, loops,
+    before_ptr, gamma_ptr, beta_ptr, out_ptr, running_mean_ptr, running_var_ptr, batches_ptr,
+    eps, unbiased, momentum,
+    p, q, C, V, x_n, x_c, x_v, r_n, r_c, r_v, z_n, z_c, z_v, chunks, c_blocks, loops, size,
     ACT: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
     WORDS: tl.constexpr,
 ):  # fmt: skip
@@ -65,10 +69,24 @@ def _moments_kernel(
     spread = tl.sum(m2 + count * apart * apart, 0)
     if chunks == 1:
         spread /= total  # the variance
-    out = (n * chunks + chunk) * C + c
-    tl.store(mean_ptr + out, whole, mask=c < C)
-    tl.store(m2_ptr + out, spread, mask=c < C)
-    tl.store(count_ptr + chunk + c * 0, voxels, mask=n + c == 0)
+    out, inside = (n * chunks + chunk) * C + c, c < C
+    if out_ptr is None:
+        tl.store(mean_ptr + out, whole, mask=inside)
+        tl.store(m2_ptr + out, spread, mask=inside)
+        tl.store(count_ptr + chunk + c * 0, voxels, mask=n + c == 0)
+    else:  # a single chunk, and a pool of its own
+        before = finalize.entry(before_ptr, out, inside, 1.0)
+        mean, var = before * whole, before * before * spread
+        if batches_ptr is not None:
+            finalize.update_running(
+                running_mean_ptr, running_var_ptr, batches_ptr, c, inside, mean, var * unbiased,
+                momentum,
+            )  # fmt: skip
+        finalize.store_tables(
+            out_ptr + out, size, inside, whole, mean, var, before,
+            finalize.entry(gamma_ptr, c, inside, 1.0), finalize.entry(beta_ptr, c, inside, 0.0),
+            eps, unbiased,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -133,7 +151,53 @@ def partial(n: int, chunks: int, c: int, device: torch.device) -> list[Tensor]:
 
 
 def moments(x: Tensor, p: Prologue) -> Moments:
-    return _moments(x, p._replace(s2=None, t2=None), None, None)
+    return _moments(x, p, None, None)
+
+
+def norm_statistics(
+    x: Tensor, p: Prologue, before: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
+    eps: float, pooling: Pooling,
+) -> Tensor:  # fmt: skip
+    return _statistics(x, p, before, gamma, beta, eps, pooling, None, None, None, 0.0)
+
+
+def norm_statistics_running(
+    x: Tensor, p: Prologue, before: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
+    eps: float, mean: Tensor, var: Tensor, batches: Tensor, momentum: float,
+) -> Tensor:  # fmt: skip
+    running = mean, var, batches, momentum
+    return _statistics(x, p, before, gamma, beta, eps, Pooling("batch"), *running)
+
+
+def _statistics(
+    x: Tensor, p: Prologue, before: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
+    eps: float, pooling: Pooling, *running: Any,
+) -> Tensor:  # fmt: skip
+    """By the kernel of the moments alone, where one program sees all of a pool."""
+    n, c = x.shape[:2]
+    x, strides = tile.strided(x)
+    *kept, momentum = running
+    if _is_seen_whole("moments", x, strides, pooling):
+        out = torch.empty(6, n, c, dtype=torch.float32, device=x.device)
+        own = *map(finalize.dense, (before, gamma, beta)), out, *kept
+        numbers = eps, pooling.unbiased(n, c, tile.voxels(x)), momentum
+        _moments(x, p, None, None, (*own, *numbers))
+        return out
+    given = moments(x, p), before, gamma, beta, eps, tile.voxels(x)
+    if kept[-1] is None:
+        return finalize.norm_finalize(*given, pooling)
+    return finalize.norm_finalize_running(*given, *running)
+
+
+def _is_seen_whole(
+    name: str, x: Tensor, strides: tuple[int, int, int], pooling: Pooling
+) -> bool:  # fmt: skip
+    """Tell whether a pass has one chunk, and each channel of each sample is a pool."""
+    _, members, *_ = pooling.pools(*x.shape[:2])
+    return members == 1 and configs.of(name, x, strides, reduce=True).chunks == 1
+
+
+_NO_NORM = *[None] * 7, 0.0, 0.0, 0.0
 
 
 def materialize_moments(
@@ -143,32 +207,39 @@ def materialize_moments(
     return z, *_moments(x, p, residual, z)
 
 
-def _moments(x: Tensor, p: Prologue, residual: Tensor | None, z: Tensor | None) -> Moments:
-    """Of z, which is written; or, if there is no z to write, of what is before its last affine."""
+def _moments(
+    x: Tensor, p: Prologue, residual: Tensor | None, z: Tensor | None, norm: Any = _NO_NORM
+) -> Moments:
+    """Of z, which is written; or, if there is no z to write, of what is before its last affine.
+
+    Of a single chunk the kernel may go on with the algebra of a norm; it leaves no moments then.
+    """
     name = "moments" if z is None else "materialize_moments"
     x, x_strides = tile.strided(x)
     residual, r_strides = (None, (0, 0, 0)) if residual is None else tile.strided(residual)
     z, z_strides = (None, (0, 0, 0)) if z is None else tile.strided(z)
     n, c = x.shape[:2]
     config = configs.of(name, x, x_strides, reduce=True)
-    parts = partial(n, config.chunks, c, x.device)
+    parts: Any = partial(n, config.chunks, c, x.device) if norm is _NO_NORM else [None] * 3
     images = [one for one in (x, residual, z) if one is not None]
+    last = (None, None) if z is None else (p.s2, p.t2)
     tile.launch(
         _moments_kernel, x, config,
-        x, *parts, p.s1, p.t1, p.slope, p.s2, p.t2, residual, z,
+        x, *parts, p.s1, p.t1, p.slope, *last, residual, z, *norm,
         p.activation.p, p.activation.q, c, tile.voxels(x), *x_strides, *r_strides, *z_strides,
-        config.chunks, config.c_blocks, config.loops,
+        config.chunks, config.c_blocks, config.loops, n * c,
         ACT=p.activation.name, WIDE=tile.is_wide(*images), WORDS=tile.in_words(*images),
     )  # fmt: skip
-    return combine(*parts)
+    return combine(*parts) if norm is _NO_NORM else Moments(*parts[:2])
 
 
 @triton.jit
 def _prologue_sums_kernel(
     g_ptr, x_ptr, out_ptr, s1_ptr, t1_ptr, slope_ptr, s2_ptr, centre_ptr,
-    a_ptr, k_ptr, fold_ptr, p, q, C, V, g_n, g_c, g_v, x_n, x_c, x_v, size, chunks, c_blocks, loops,
-    ACT: tl.constexpr, AFTER: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
-    WIDE: tl.constexpr, WORDS: tl.constexpr,
+    a_ptr, k_ptr, fold_ptr, mean_ptr, rstd_ptr, before_ptr, after_ptr, gamma_ptr,
+    p, q, C, V, g_n, g_c, g_v, x_n, x_c, x_v, size, chunks, c_blocks, loops,
+    ACT: tl.constexpr, AFTER: tl.constexpr, FIXED: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_C: tl.constexpr, WIDE: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     chunk, n, c = tile.place(chunks, c_blocks, BLOCK_C)
     s1, t1 = tile.row(s1_ptr, n, c, C, 1.0), tile.row(t1_ptr, n, c, C, 0.0)
@@ -201,27 +272,67 @@ def _prologue_sums_kernel(
                 e += tile.row(a_ptr, n, c, C, 0.0) + tile.row(k_ptr, n, c, C, 0.0) * apart
             sum_slope += tl.where(inside, e * tile.below(u, 0.0), 0.0)
         i += 1
-    out = (n * chunks + chunk) * C + c
-    tl.store(out_ptr + out, tl.sum(sum_h, 0), mask=c < C)
-    tl.store(out_ptr + size + out, tl.sum(sum_hb, 0), mask=c < C)
-    tl.store(out_ptr + 2 * size + out, tl.sum(sum_slope, 0), mask=c < C)
+    out, inside = (n * chunks + chunk) * C + c, c < C
+    h, hb = tl.sum(sum_h, 0), tl.sum(sum_hb, 0)
+    if mean_ptr is None:
+        tl.store(out_ptr + out, h, mask=inside)
+        tl.store(out_ptr + size + out, hb, mask=inside)
+        tl.store(out_ptr + 2 * size + out, tl.sum(sum_slope, 0), mask=inside)
+    else:  # a single chunk, and a pool of its own
+        dgamma, dbeta, rstd, apart, before = finalize.shares(
+            h, hb, mean_ptr, rstd_ptr, centre_ptr, before_ptr, after_ptr, out, inside
+        )
+        gamma = finalize.entry(gamma_ptr, c, inside, 1.0)
+        tl.store(out_ptr + out, dgamma, mask=inside)
+        tl.store(out_ptr + size + out, dbeta, mask=inside)
+        finalize.store_fold(
+            out_ptr + 2 * size + out, size, inside, dbeta, gamma, dbeta * gamma / V,
+            dgamma * gamma / V, rstd, apart, before, V * 1.0, FIXED,
+        )  # fmt: skip
 
 
 def prologue_sums(
     g: Tensor, x: Tensor, p: Prologue, centre: Tensor, fold: Fold | None, after: bool
 ) -> Tensor:
+    return added(_sums(g, x, p, centre, fold, after), 2)
+
+
+def norm_sums(
+    g: Tensor, x: Tensor, p: Prologue, mean: Tensor, rstd: Tensor, centre: Tensor,
+    before: Tensor | None, after: Tensor | None, gamma: Tensor | None, outer: bool,
+    pooling: Pooling,
+) -> Tensor:  # fmt: skip
+    own, (x, strides) = (mean, rstd, before, after, gamma), tile.strided(x)
+    if _is_seen_whole("prologue_sums", x, strides, pooling):
+        norm = *map(finalize.dense, own), pooling.kind == "fixed"
+        return _sums(g, x, p, finalize.dense(centre), None, outer, norm)[:, :, 0]
+    sums = prologue_sums(g, x, p, centre, None, outer)
+    return finalize.norm_finalize_backward(
+        sums, mean, rstd, centre, before, after, gamma, tile.voxels(x), pooling
+    )
+
+
+_NO_GRADIENT = *[None] * 5, False
+
+
+def _sums(
+    g: Tensor, x: Tensor, p: Prologue, centre: Any, fold: Fold | None, after: bool,
+    norm: Any = _NO_GRADIENT,
+) -> Tensor:  # fmt: skip
+    """Of each chunk (3, N, chunks, C); or, of a single one, what they amount to (5, N, 1, C)."""
     g, g_strides = tile.strided(g)
     x, x_strides = tile.strided(x)
     n, c = x.shape[:2]
     config = configs.of("prologue_sums", x, x_strides, reduce=True)
-    out = torch.empty(3, n, config.chunks, c, dtype=torch.float32, device=x.device)
+    rows, (*own, is_fixed) = 3 if norm is _NO_GRADIENT else 5, norm
+    out = torch.empty(rows, n, config.chunks, c, dtype=torch.float32, device=x.device)
     tile.launch(
         _prologue_sums_kernel, x, config,
         g, x, out, p.s1, p.t1, p.slope, p.s2, centre,
-        *(fold if fold is not None and after else (None,) * 3), p.activation.p, p.activation.q,
-        c, tile.voxels(x), *g_strides, *x_strides, out[0].numel(), config.chunks,
+        *(fold if fold is not None and after else (None,) * 3), *own, p.activation.p,
+        p.activation.q, c, tile.voxels(x), *g_strides, *x_strides, out[0].numel(), config.chunks,
         config.c_blocks, config.loops,
-        ACT=p.activation.name, AFTER=after, WIDE=tile.is_wide(g, x),
+        ACT=p.activation.name, AFTER=after, FIXED=is_fixed, WIDE=tile.is_wide(g, x),
         WORDS=tile.in_words(g, x),
     )  # fmt: skip
-    return added(out, 2)
+    return out

@@ -275,14 +275,14 @@ def norm_finalize(
     own: Moments, before: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float,
     voxels: int, pooling: Pooling,
 ) -> Tensor:  # fmt: skip
-    """The statistics of a norm, and the affine it amounts to: mean, var, rstd, scale, shift.
+    """The statistics of a norm, and its affine: mean, var, rstd, scale, shift, and the mean of b.
 
     With b the value whose moments are `own`, and f the factor `before` (N, C), what is normalized
     is v = f b, and gamma (v - mean) rstd + beta = scale b + shift. "fixed" moments are those of v.
     The variance that is returned, but not that of rstd, is unbiased for so many `voxels` of each
     channel of each sample; for 0, and of "fixed" moments, it is not.
 
-    Returns a tensor (5, N, C).
+    Returns a tensor (6, N, C).
     """
     mean, var = own
     if before is not None and pooling.kind != "fixed":
@@ -295,7 +295,7 @@ def norm_finalize(
     shift = -mean * scale if beta is None else beta.to(rstd.dtype) - mean * scale
     scale = scale if before is None else scale * before
     var = var * pooling.unbiased(*var.shape, voxels)
-    return torch.stack([mean, var, rstd, scale, shift])
+    return torch.stack([mean, var, rstd, scale, shift, own.mean])
 
 
 def norm_finalize_running(
@@ -313,6 +313,37 @@ def norm_finalize_running(
     var.lerp_(new_var.to(var.dtype), momentum)
     batches.add_(1)
     return out
+
+
+def norm_statistics(
+    x: Tensor, p: Prologue, before: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
+    eps: float, pooling: Pooling,
+) -> Tensor:  # fmt: skip
+    """`norm_finalize` of the moments of act(s1 x + t1), for x (N, C, *X): (6, N, C)."""
+    voxels = math.prod(x.shape[2:])
+    return norm_finalize(moments(x, p), before, gamma, beta, eps, voxels, pooling)
+
+
+def norm_statistics_running(
+    x: Tensor, p: Prologue, before: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
+    eps: float, mean: Tensor, var: Tensor, batches: Tensor, momentum: float,
+) -> Tensor:  # fmt: skip
+    """`norm_finalize_running` of the moments of act(s1 x + t1), for x (N, C, *X): (6, N, C)."""
+    running, voxels = (mean, var, batches, momentum), math.prod(x.shape[2:])
+    return norm_finalize_running(moments(x, p), before, gamma, beta, eps, voxels, *running)
+
+
+def norm_sums(
+    g: Tensor, x: Tensor, p: Prologue, mean: Tensor, rstd: Tensor, centre: Tensor,
+    before: Tensor | None, after: Tensor | None, gamma: Tensor | None, outer: bool,
+    pooling: Pooling,
+) -> Tensor:  # fmt: skip
+    """`norm_finalize_backward` of the sums of the gradient g of z, for x (N, C, *X): (5, N, C).
+
+    `outer` is the argument `after` of `prologue_sums`.
+    """
+    sums, voxels = prologue_sums(g, x, p, centre, None, outer), math.prod(x.shape[2:])
+    return norm_finalize_backward(sums, mean, rstd, centre, before, after, gamma, voxels, pooling)
 
 
 def norm_finalize_backward(

@@ -251,10 +251,10 @@ def test_a_norm_costs_a_handful_of_launches():
         for counted in (forward, backward)
     ]
     assert sorted(name.split(".")[1] for name in launches[0]) == [
-        "convolution", "materialize", "moments", "norm_finalize",
+        "convolution", "materialize", "norm_statistics",
     ]  # fmt: skip
     assert sorted(name.split(".")[1] for name in launches[1]) == [
-        "convolution_backward", "norm_finalize_backward", "prologue_dgrad", "prologue_sums", "sum",
+        "convolution_backward", "norm_sums", "prologue_dgrad", "sum",
     ]  # fmt: skip
 
 
@@ -270,7 +270,7 @@ def test_our_convolutions_take_the_sums_along():
     assert forward.count("cassetta.conv_fprop") == 3
     assert forward.count("cassetta.moments") == 0
     assert backward.count("cassetta.conv_dgrad") == 2  # the image asks for none
-    assert backward.count("cassetta.prologue_sums") == 1  # of the last norm, which a sum reads
+    assert backward.count("cassetta.norm_sums") == 1  # of the last norm, which a sum reads
     with dispatch.fused_on_reference(), dispatch.use_engine("gemm"):
         hidden = defer(inp).activated(Activation("relu"))
         gamma, beta = torch.ones(2, 8, requires_grad=True).unbind()
@@ -278,7 +278,7 @@ def test_our_convolutions_take_the_sums_along():
         with Counted() as counted:
             out = net[0].defer(hidden).z() + materialize(hidden)
             out.sum().backward()
-    assert counted.count("cassetta.prologue_sums") == 2  # another reader, who takes none along
+    assert counted.count("cassetta.norm_sums") == 2  # another reader, who takes none along
 
 
 @pytest.mark.parametrize("order", ["cnda", "cand", "cdna"])

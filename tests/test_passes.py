@@ -1,5 +1,6 @@
 """The passes in Triton against float64: right to rounding, in every dtype, layout and shape."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -340,12 +341,12 @@ def test_what_a_norm_makes_of_its_moments(pooling, shape, full, half, kernels):
     def both(passes, cast):
         moments, b, a, s, m = Moments(*map(cast, own)), *map(cast, (before, after, sums, centre))
         forward = passes.norm_finalize(moments, b, cast(gamma), cast(beta), 1e-5, 60, pooling)
-        mean, _, rstd, _, _ = cast(finalized)
+        mean, _, rstd, *_ = cast(finalized)
         backward = passes.norm_finalize_backward(
             s, mean, rstd, m, b, a, cast(gamma), 60, pooling
         )  # fmt: skip
         return {
-            **dict(zip(("mean", "var", "rstd", "scale", "shift"), forward, strict=True)),
+            **dict(zip(("mean", "var", "rstd", "scale", "shift", "own"), forward, strict=True)),
             **dict(zip(("dgamma", "dbeta", "dbias", "a", "k"), backward, strict=True)),
         }
 
@@ -388,6 +389,48 @@ def test_a_norm_updates_what_it_keeps(shape, full, kernels):
         assert torch.equal(ours.isnan(), expected.isnan()), name  # of an empty batch
         off = [(x - expected).nan_to_num().abs().max() for x in (ours, other)]
         assert off[0] <= 2 * off[1] + SLACK[torch.float32] * expected.nan_to_num().abs().max(), name
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(1, 6, 5, 7), (3, 9, 40), (2, 21, 5, 6, 7), (1, 4, 70000)], ids=str
+)
+@pytest.mark.parametrize("pooling", POOLINGS, ids=str)
+def test_a_norm_of_an_image(pooling, shape, full, dtype, last, kernels):
+    """Statistics, and sums in the gradient, whether one kernel does it all or there are chunks."""
+    n, c, *size = shape
+    if pooling.kind == "group" and c % pooling.groups:
+        pooling = Pooling("group", 1)
+    x, g, _, p, _ = problem(shape, dtype, "silu", full, kernels)
+    if last:
+        x, g = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, g))
+    own, before, after, gamma, beta, _, centre = tables(n, c, full, kernels)
+    start = torch.randn(c).to(kernels), torch.rand(c).to(kernels) + 0.5
+
+    def both(passes, cast):
+        given = *map(cast, (x, p, before, gamma, beta)), 1e-5
+        norm = *map(cast, (own.mean, own.var, centre, before, after, gamma)), full, pooling
+        out = dict(enumerate(passes.norm_sums(*map(cast, (g, x, p)), *norm)))
+        if pooling.kind != "fixed":
+            out |= zip("msrabo", passes.norm_statistics(*given, pooling), strict=True)
+        if pooling.kind == "batch":
+            kept = [cast(one).clone() for one in start]
+            batches = torch.tensor(7, device=kernels)
+            found = passes.norm_statistics_running(*given, *kept, batches, 0.3)
+            assert batches.item() == 8
+            out |= {"running": found, "kept mean": kept[0], "kept var": kept[1]}
+        return out
+
+    truth, same = both(reference, double), both(reference, lambda t: t)
+    ours = both(dispatch.passes(x), lambda t: t)
+    for name, expected in truth.items():
+        scale = expected.abs().max().item()
+        if name == 2:  # the sums of a gradient, which are a sum of two that cancel
+            scale += math.prod(size) * truth[3].abs().max().item()
+        off = [(one[name].double() - expected).abs().max().item() for one in (ours, same)]
+        assert off[0] <= 2 * off[1] + SLACK[torch.float32] * scale, name
 
 
 @pytest.mark.parametrize("pooling", POOLINGS, ids=str)

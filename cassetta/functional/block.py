@@ -161,7 +161,7 @@ def compute(
         y = ops.materialize(y, Prologue(f0, shift, steps.activation), None, y.dtype)
     out = layout.tables(y, 2) if plan.is_summed else None
     if steps.are_known():
-        return y, out, *((None, None) if own is None else own), None, None
+        return y, out, *((None, None) if own is None else own), None
     return y, out, *normalized(y, steps, prepared, own)
 
 

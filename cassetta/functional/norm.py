@@ -24,7 +24,7 @@ from torch import Tensor, distributed as dist
 
 from cassetta.kernels import ops, reference
 from cassetta.kernels.operands import added
-from cassetta.kernels.types import Fold, Moments, Pooling
+from cassetta.kernels.types import Fold, Moments, Pooling, Prologue
 
 
 class Pool(NamedTuple):
@@ -60,7 +60,7 @@ class Running(NamedTuple):
     def update(self, found: Sequence[Tensor | None]) -> None:
         """Take in what `standardize` found; all is computed before anything is changed."""
         mean, var, batches, momentum, averaged = self
-        tables, _, new_mean, new_var = found
+        tables, new_mean, new_var = found
         if new_mean is None:
             assert tables is not None
             new_mean, new_var = tables[0], tables[1]
@@ -92,16 +92,25 @@ class Normalization(NamedTuple):
 
 
 def standardize(
-    x: Tensor, own: Moments | None, before: Tensor | None, norm: Normalization
+    x: Tensor, p: Prologue, own: Moments | None, before: Tensor | None, norm: Normalization
 ) -> tuple[Tensor | None, ...]:
-    """Find what a norm amounts to, given the moments of b (N, C), or none if it has fixed ones.
+    """Find what a norm of b = act(s1 x + t1) amounts to; `own` are the moments of b, if known.
 
-    Returns what `norm_finalize` does (5, N, C), and what the sums of the gradient are centred at
-    (N, C). And, where other processes share the statistics, their mean and unbiased variance
-    (1, C); else none. Running statistics are updated by that pass, if it can (`norm.updates`).
+    Returns what `norm_finalize` does (6, N, C). And, where other processes share the statistics,
+    their mean and unbiased variance (1, C); else none. Running statistics are updated by that pass,
+    if it can (`norm.updates`).
     """
     n, pool = x.shape[0], norm.pool
     pooling = pool.pooling()
+    given = before, norm.gamma, norm.beta, norm.eps
+    if own is None and norm.fixed is None and pool.process_group is None:
+        if norm.updates():
+            tables = ops.norm_statistics_running(x, p, *given, *norm.running[:4])  # type: ignore
+        else:
+            tables = ops.norm_statistics(x, p, *given, pooling)
+        return tables, None, None
+    if own is None and norm.fixed is None:
+        own = ops.moments(x, p)
     if norm.fixed is not None:
         dtype = torch.promote_types(x.dtype, torch.float32)
         own, pooling = Moments(*(one.to(dtype).repeat(n, 1) for one in norm.fixed)), FIXED
@@ -113,16 +122,23 @@ def standardize(
         pooled, total = _moments_of_all(mine, n * voxels, pool.process_group)
         of_all = pooled.mean, pooled.var * (total / (total - 1).clamp(min=1))
         found, pooling = Moments(*(one.repeat(n, 1) for one in pooled)), FIXED
-    given = found, before, norm.gamma, norm.beta, norm.eps, voxels
     if norm.updates():
-        tables = ops.norm_finalize_running(*given, *norm.running[:4])  # type: ignore
-    else:
-        tables = ops.norm_finalize(*given, pooling)
-    return tables, own.mean, *of_all
+        kept = norm.running[:4]  # type: ignore
+        return ops.norm_finalize_running(found, *given, voxels, *kept), None, None
+    tables = ops.norm_finalize(found, *given, voxels, pooling)
+    if of_all[0] is not None:  # what is summed is centred at the mean of what is here
+        tables = torch.cat([tables[:5], own.mean[None]])
+    return tables, *of_all
 
 
 def norm_gradients(
-    norm: Normalization, tables: Any, sums: Tensor, voxels: int
+    norm: Normalization,
+    tables: Any,
+    sums: Tensor | None,
+    g: Tensor,
+    x: Tensor,
+    p: Prologue,
+    outer: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Fold | None]:
     """Return the gradients of gamma and beta (C,), of a bias before, what flows through statistics.
 
@@ -132,16 +148,19 @@ def norm_gradients(
     ----------
     tables : Tables
         What `standardize` found, by name, and the factors before and after the norm.
-    sums : (>= 2, N, C) tensor
-        Sums of G and of G (b - centre).
-    voxels : int
-        Number of voxels of a channel of a sample.
+    sums : (>= 2, N, C) tensor, optional
+        Sums of G and of G (b - centre), if they are known.
+    g, x : (N, C, *X) tensor
+        The gradient of z, and the image, with the transform p; `outer`: as for `ops.norm_sums`.
     """
     mean, centre, group = tables.mean, tables.centre, norm.pool.process_group
     given = (mean, tables.rstd, centre, tables.before)
     pooling = FIXED if norm.fixed is not None or group is not None else norm.pool.pooling()
-    gamma = norm.gamma
-    shares = ops.norm_finalize_backward(sums, *given, tables.after, gamma, voxels, pooling)
+    gamma, voxels = norm.gamma, math.prod(x.shape[2:])
+    if sums is None:
+        shares = ops.norm_sums(g, x, p, *given, tables.after, gamma, outer, pooling)
+    else:
+        shares = ops.norm_finalize_backward(sums, *given, tables.after, gamma, voxels, pooling)
     dgamma, dbeta, dbias = added(shares[:3], 1).unbind()
     if norm.fixed is not None:
         return dgamma, dbeta, dbias, None

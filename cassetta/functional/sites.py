@@ -34,7 +34,7 @@ _LEARNED = 2, 4, 5
 _LIMIT = 8
 """How many kinds of gradients a site knows how to go on from, the newest ones."""
 
-_ROWS = 5
+_ROWS = 6
 """Of what `norm_finalize` returns."""
 
 
@@ -76,7 +76,7 @@ class Site:
         self._inputs = _places(inputs)
         tables, self._tables = _listed([*tensors, *_kept(running)])
         # what is saved, of inputs and y, and of tables and what is found
-        found = [_Place(len(tables) + n) for n in range(4)]
+        found = [_Place(len(tables) + n) for n in range(3)]
         beside = self._tables[: len(tensors)]
         (*parts,) = saved(plan, self._inputs, beside, self.nb_inputs, found)
         self._saved, rows = _places(parts[:_SAVED]), parts[_SAVED:]

@@ -10,7 +10,6 @@ Every chain of at most one norm and one activation, with dropout anywhere, amoun
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -141,17 +140,15 @@ def normalized(
     """
     norm, after = steps.norm, tables.after
     assert norm is not None
-    if norm.fixed is None and own is None:
-        is_inner = steps.word[0] == "n"
-        own = ops.moments(x, NOTHING if is_inner else tables.prologue(steps.activation))
     gamma, beta, eps, pool, fixed, running = norm
     if after is not None:  # nothing is changed before the end
         norm = Normalization(gamma, beta, eps, pool, fixed)
-    found = standardize(x, own, tables.before, norm)
+    inner = NOTHING if steps.word[0] == "n" else tables.prologue(steps.activation)
+    found = standardize(x, inner, own, tables.before, norm)
     if after is not None:
         table, *others = found
         assert table is not None
-        found = torch.cat([table[:3], after * table[3:]]), *others
+        found = torch.cat([table[:3], after * table[3:5], table[5:]]), *others
     if running is not None and not norm.updates():
         running.update(found)
     return found
@@ -160,12 +157,12 @@ def normalized(
 def completed(tables: Tables, word: str, found: Sequence[Tensor | None]) -> Tables:
     """Return tables with what `normalized` found."""
     s1, t1, slope, s2, t2, *_ = tables
-    table, centre, *_ = found
+    table, *_ = found
     assert table is not None
     if word[0] == "n":
-        mean, _, rstd, s1, t1 = table.unbind()
+        mean, _, rstd, s1, t1, centre = table.unbind()
     else:
-        mean, _, rstd, s2, t2 = table.unbind()
+        mean, _, rstd, s2, t2, centre = table.unbind()
     return Tables(s1, t1, slope, s2, t2, mean, rstd, centre, tables.before, tables.after)
 
 
@@ -195,11 +192,7 @@ def gradients(
     prologue, norm = tables.prologue(steps.activation), steps.norm
     outer = steps.word == "an"
     if norm is not None and (norm.fixed is None or needs[1] or needs[2]):
-        centre = tables.centre
-        assert centre is not None
-        if sums is None:
-            sums = ops.prologue_sums(g, x, prologue, centre, None, outer)
-        dgamma, dbeta, dbias, fold = norm_gradients(norm, tables, sums, math.prod(x.shape[2:]))
+        dgamma, dbeta, dbias, fold = norm_gradients(norm, tables, sums, g, x, prologue, outer)
     if needs[3]:  # after the norm, which has its share in the gradient of what precedes it
         weight = steps.weight
         assert weight is not None
