@@ -16,7 +16,7 @@ from torch import Tensor
 from cassetta.kernels import activations, layout, reference
 from cassetta.kernels.examples import Sample
 from cassetta.kernels.records import PASSES as PASSES, PassRecord
-from cassetta.kernels.types import NOTHING, Activation, Geometry, Moments, Pooling
+from cassetta.kernels.types import NOTHING, Activation, Geometry, Moments, Pooling, Prologue
 
 Examples = Iterator[tuple[Any, ...]]
 
@@ -226,12 +226,23 @@ norm_finalize_backward = PassRecord(
     of="tables",
 ).stated()  # fmt: skip
 
+
+def _seen_whole(s: Sample, n: int) -> tuple[Tensor, Any, Tensor | None, Tensor | None]:
+    """So few voxels that one program sees a pool: an image, p, a factor and gamma."""
+    c, size = s.shape[1], tuple(min(2, length) for length in s.shape[2:])
+    slope = None if s.p.slope is None else s.table(n, c)
+    affine = (s.table(n, c), s.table(n, c)) if s.full else (None, None)
+    factor, gamma = (s.table(n, c), s.weights(c)) if s.full else (None, None)
+    pending = Prologue(*affine, s.p.activation, slope, *affine)
+    return s.image((n, c, *size)), pending, factor, gamma
+
+
 norm_statistics = PassRecord(
     reference.norm_statistics, "reductions.norm_statistics",
     lambda x, *rest: layout.tables(x, 6),
     lambda s: [
-        (s.x, s.p, factor, gamma, gamma, 1e-5, pooling)
-        for gamma, factor, pooling in _norms(s) if pooling.kind != "fixed"
+        (x, p, factor, gamma, gamma, 1e-5, Pooling("instance"))
+        for x, p, factor, gamma in [_seen_whole(s, s.shape[0])]
     ],
 ).stated()  # fmt: skip
 
@@ -239,8 +250,8 @@ norm_statistics_running = PassRecord(
     reference.norm_statistics_running, "reductions.norm_statistics_running",
     lambda x, *rest: layout.tables(x, 6),
     lambda s: [
-        (s.x, s.p, f, gamma, gamma, 1e-5, s.table(c), s.table(c), s.counter, 0.1)
-        for c in s.shape[1:2] for gamma in (None, s.weights(c)) for f in (None, s.one)
+        (x, p, factor, gamma, gamma, 1e-5, s.table(c), s.table(c), s.counter, 0.1)
+        for c in s.shape[1:2] for x, p, factor, gamma in [_seen_whole(s, 1)]
     ],
     changes=("mean", "var", "batches"),
 ).stated()  # fmt: skip
@@ -248,8 +259,8 @@ norm_statistics_running = PassRecord(
 norm_sums = PassRecord(
     reference.norm_sums, "reductions.norm_sums", lambda g, x, *rest: layout.tables(x, 5),
     lambda s: [
-        (s.x, s.x, s.p, s.one, s.one, s.one, factor, factor, gamma, s.other, pooling)
-        for gamma, factor, pooling in _norms(s)
+        (x, x, p, s.one, s.one, s.one, factor, factor, gamma, s.other, Pooling("instance"))
+        for x, p, factor, gamma in [_seen_whole(s, s.shape[0])]
     ],
     judge="x",
 ).stated()  # fmt: skip

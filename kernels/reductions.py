@@ -220,6 +220,7 @@ def _moments(
     z, z_strides = (None, (0, 0, 0)) if z is None else tile.strided(z)
     n, c = x.shape[:2]
     config = configs.of(name, x, x_strides, reduce=True)
+    config = config._replace(registers=128)  # left to itself, ptxas keeps to 64, and spills
     parts: Any = partial(n, config.chunks, c, x.device) if norm is _NO_NORM else [None] * 3
     images = [one for one in (x, residual, z) if one is not None]
     last = (None, None) if z is None else (p.s2, p.t2)

@@ -133,8 +133,21 @@ class _Writer:
         make, kind, where = map(
             self._constant, (torch.empty_strided, one.tensor.dtype, self.device)
         )
-        shape, stride = tuple(one.tensor.shape), one.tensor.stride()
+        shape, stride = form(one.tensor)
+        if (like := self._like(one.tensor)) is not None:  # which is quicker
+            self.lines.append(f"{one.name} = {self._constant(torch.empty_like)}({like})")
+            return
+        shape = tuple(shape)
         self.lines.append(f"{one.name} = {make}({shape}, {stride}, dtype={kind}, device={where})")
+
+    def _like(self, x: Tensor) -> str | None:
+        """Name what was given that `empty_like` makes such a tensor of; strides are in the key."""
+        kind = x.dtype, *form(x)
+        for name, given, _ in self.tape.given:
+            if (given.dtype, *form(given)) == kind and given.device == x.device:
+                is_alike = form(torch.empty_like(given, device="meta")) == form(x)
+                return name if is_alike and type(given) is Tensor else None
+        return None
 
     def _call(self, step: Call) -> None:
         func = step.operator

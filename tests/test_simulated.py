@@ -311,6 +311,21 @@ def test_statistics_that_are_kept(shape, full, kernels):
     test_passes.test_a_norm_updates_what_it_keeps(shape, full, kernels)
 
 
+@pytest.mark.parametrize(
+    ("pooling", "shape", "full", "dtype", "last"),
+    [
+        (Pooling("instance"), (2, 21, 5, 6, 7), True, BF16, True),
+        (Pooling("batch"), (1, 6, 5, 7), True, F16, False),
+        (Pooling("batch"), (3, 9, 40), False, F32, True),
+        (Pooling("instance"), (1, 4, 9000), True, F32, False),  # several chunks
+        (Pooling("fixed"), (3, 9, 40), True, F32, False),
+    ],
+    ids=str,
+)
+def test_norms_of_images(pooling, shape, full, dtype, last, kernels):
+    test_passes.test_a_norm_of_an_image(pooling, shape, full, dtype, last, kernels)
+
+
 @pytest.mark.parametrize("shape", [(8, 64, 1), (8, 8, 5, 5)], ids=str)
 @pytest.mark.parametrize("activation", ["silu", "leaky_relu"])
 def test_variances_are_not_negative(activation, shape, kernels):

@@ -50,25 +50,25 @@ class Materialize(Function):
     """z (+ residual) from what stands for it; the gradients of all three are the same."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
+    def forward(ctx: Any, held: Any, x: Tensor, *rest: Any) -> Tensor:
         *prologue, residual, dtype = rest
         ctx.has_residual, ctx.nb_others = residual is not None, len(prologue)
-        return recordings.transform("materialize", x, prologue, [residual], dtype)[0]
+        return recordings.transform(held, "materialize", x, prologue, [residual], dtype)[0]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # and so theirs, to any order
-        return g, *[None] * ctx.nb_others, g if ctx.has_residual else None, None
+        return None, g, *[None] * ctx.nb_others, g if ctx.has_residual else None, None
 
 
 class MaterializeMoments(Function):
     """`Materialize`, and the moments of z, whose gradient is the affair of the norm."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, held: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         *prologue, residual, dtype = rest
         ctx.has_residual, ctx.nb_others = residual is not None, len(prologue)
-        found = recordings.transform("materialize_moments", x, prologue, [residual], dtype)
-        z, mean, var = found
+        name, others = "materialize_moments", [residual]
+        z, mean, var = recordings.transform(held, name, x, prologue, others, dtype)
         ctx.mark_non_differentiable(mean, var)
         return z, mean, var
 

@@ -30,9 +30,9 @@ class _MaxPool(Function):
     """The maximum over windows of z, being built of x while it is read; keeps where it was."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
+    def forward(ctx: Any, held: Any, x: Tensor, *rest: Any) -> Tensor:
         *prologue, window = rest
-        y, where = recordings.transform("max_pool", x, prologue, (), window)
+        y, where = recordings.transform(held, "max_pool", x, prologue, (), window)
         ctx.save_for_backward(where)
         ctx.window, ctx.size, ctx.nb_others = window, tuple(x.shape[2:]), len(rest)
         return y
@@ -44,4 +44,4 @@ class _MaxPool(Function):
         again = lambda g, where: (ops.max_pool_dgrad(g, where, window, size),)  # noqa: E731
         key = "max_pool_dgrad", window, size
         (dz,) = recordings.run(key, again, (g, *ctx.saved_tensors))
-        return dz, *[None] * ctx.nb_others
+        return None, dz, *[None] * ctx.nb_others

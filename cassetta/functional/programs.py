@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 
+from cassetta.functional import recordings
 from cassetta.kernels.dispatch import PLAIN
 
 Program = Callable[[Sequence[Tensor], Sequence[Tensor]], Any]
@@ -51,7 +52,7 @@ _NEEDLESS: frozenset[Any] = frozenset((
 
 _CONSTANT = (
     bool, int, float, str, type(None), type(...),
-    torch.dtype, torch.device, torch.memory_format, torch.layout,
+    torch.dtype, torch.device, torch.memory_format, torch.layout, recordings.Held,
 )  # fmt: skip
 
 _SMALL = 2**16
@@ -72,20 +73,22 @@ def called(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def applied(kind: type[Function], *arguments: Any) -> Any:
-    """Return kind.apply(*arguments), without what that does for torch's transforms of functions.
+    """Return kind.apply(held, *arguments), without what that does for torch's own transforms.
 
-    No kernel runs where one of these is active.
+    No kernel runs where one of these is active. What is held is a `recordings.Held`, which stays
+    where the call is in a program; None for a compiler.
     """
     if torch.compiler.is_compiling():
-        return kind.apply(*arguments)
-    return called(super(Function, kind).apply, *arguments)  # type: ignore[attr-defined]
+        return kind.apply(None, *arguments)
+    apply = super(Function, kind).apply  # type: ignore[attr-defined]
+    return called(apply, recordings.Held(), *arguments)
 
 
 class _Name(str):
     """What the code calls a tensor."""
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """A step of a program."""
 
     targets: tuple[_Name | None, ...]  # None: nothing, or a tensor that has a name already
@@ -102,7 +105,7 @@ class Trace(TorchFunctionMode):
     def __init__(self, images: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
         super().__init__()
         self.why = ""  # there is no program
-        self._calls: list[_Call] = []
+        self._calls: list[Call] = []
         self._known: dict[int, tuple[ReferenceType, _Name, int | None]] = {}
         self._held: list[Tensor] = []
         self._nb_made = 0
@@ -136,10 +139,20 @@ class Trace(TorchFunctionMode):
         finally:
             _here.trace = self
 
-    def program(self, out: Any) -> Program | None:
-        """Write the program that returns what is `out` here; None if there is none."""
+    def program(
+        self, out: Any, joined: Callable[[Sequence[Call], Any], Sequence[Call]]
+    ) -> Program | None:
+        """Write the program that returns what is `out` here; None if there is none.
+
+        Parameters
+        ----------
+        joined : callable
+            Returns the calls of a program that returns `out`, several of them perhaps as one.
+        """
         named = self._named(out)
-        return None if self.why else _written(self._calls, named, self._grad)
+        if self.why:
+            return None
+        return _written(joined(_needed(self._calls, named), named), named, self._grad)
 
     def _noted(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         named, options = self._named(args), {key: self._named(x) for key, x in kwargs.items()}
@@ -165,7 +178,7 @@ class Trace(TorchFunctionMode):
                 self._refuse(f"{function} returns {type(x).__name__} among others")
             targets.append(name)
         grad = torch.is_grad_enabled()
-        self._calls.append(_Call(tuple(targets), is_one, function, named, options, grad))
+        self._calls.append(Call(tuple(targets), is_one, function, named, options, grad))
         return out
 
     def _refuse(self, why: str) -> None:
@@ -225,12 +238,12 @@ def _tensors(x: Any) -> Iterator[Tensor]:
             yield from _tensors(one)
 
 
-def _names(x: Any) -> set[_Name]:
+def names(x: Any) -> set[_Name]:
     """List the names of tensors that the program has made, among arguments."""
     if isinstance(x, _Name):
         return {x} if x[0] == "v" else set()
     if isinstance(x, (tuple, list, dict)):
-        return set().union(*map(_names, x.values() if isinstance(x, dict) else x))
+        return set().union(*map(names, x.values() if isinstance(x, dict) else x))
     return set()
 
 
@@ -270,12 +283,12 @@ class _Code:
         self._known[name := f"k{len(self._known)}"] = x
         return name
 
-    def call(self, call: _Call, is_read: bool) -> str:
+    def call(self, call: Call, is_read: bool) -> str:
         """Write a call; its results get their names if any of them is read later."""
         given = [*map(self.text, call.args)]
         given += [f"{key}={self.text(x)}" for key, x in call.kwargs.items()]
-        names = "".join(f"{name or '_'}, " for name in call.targets) if is_read else ""
-        results = names.rstrip(", ") if call.is_one else names
+        made = "".join(f"{name or '_'}, " for name in call.targets) if is_read else ""
+        results = made.rstrip(", ") if call.is_one else made
         return f"{results}{' = ' * is_read}{self.constant(call.function)}({', '.join(given)})"
 
 
@@ -283,14 +296,22 @@ def _has_name(x: Any) -> bool:
     return isinstance(x, _Name) or (isinstance(x, (tuple, list)) and any(map(_has_name, x)))
 
 
-def _written(calls: Sequence[_Call], out: Any, grad: bool) -> Program:
+def _needed(calls: Sequence[Call], out: Any) -> list[Call]:
+    """Return the calls without those of which nobody uses what they return."""
+    alive, found = names(out), []
+    for call in reversed(calls):
+        if call.function not in _NEEDLESS or not alive.isdisjoint(call.targets):
+            alive |= names((call.args, call.kwargs))
+            found.append(call)
+    return found[::-1]
+
+
+def _written(calls: Sequence[Call], out: Any, grad: bool) -> Program:
     """Compile the code of calls that return `out`; what nobody reads any more is freed at once."""
-    code, alive = _Code(), _names(out)
+    code, alive = _Code(), names(out)
     last, steps = f"return {code.text(out)}", []
     for call in reversed(calls):
-        used, is_read = _names((call.args, call.kwargs)), not alive.isdisjoint(call.targets)
-        if call.function in _NEEDLESS and not is_read:
-            continue
+        used, is_read = names((call.args, call.kwargs)), not alive.isdisjoint(call.targets)
         gone = used - alive
         if is_read:
             gone |= {name or _Name("_") for name in call.targets} - alive

@@ -123,10 +123,10 @@ class _Resize(Function):
     """z interpolated, from what stands for it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
+    def forward(ctx: Any, held: Any, x: Tensor, *rest: Any) -> Tensor:
         *prologue, size, ctx.grid = rest
         ctx.size, ctx.nb_others = tuple(x.shape[2:]), len(rest)
-        return recordings.transform("resize", x, prologue, (), size, ctx.grid)[0]
+        return recordings.transform(held, "resize", x, prologue, (), size, ctx.grid)[0]
 
     @staticmethod
     @first_order
@@ -134,7 +134,7 @@ class _Resize(Function):
         size, grid = ctx.size, ctx.grid
         again = lambda g: (ops.resize_dgrad(g, size, grid),)  # noqa: E731
         (dz,) = recordings.run(("resize_dgrad", size, grid), again, (g,))
-        return dz, *[None] * ctx.nb_others
+        return None, dz, *[None] * ctx.nb_others
 
 
 def fit(inp: Tensor, size: Sequence[int]) -> Tensor:
@@ -164,7 +164,7 @@ class _Fit(Function):
     """`fit`, laid out as x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, size: tuple[int, ...]) -> Tensor:
+    def forward(ctx: Any, held: Any, x: Tensor, size: tuple[int, ...]) -> Tensor:
         ctx.size = tuple(x.shape[2:])
         out = layout.sized(x, size, x.dtype)
         common = tuple(map(min, size, ctx.size))
@@ -177,7 +177,7 @@ class _Fit(Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, g: Tensor) -> tuple:
-        return _folded(g, ctx.size), None
+        return None, _folded(g, ctx.size), None
 
 
 def _folded(g: Tensor, size: tuple[int, ...]) -> Tensor:

@@ -34,6 +34,9 @@ _LEARNED = 2, 4, 5
 _LIMIT = 8
 """How many kinds of gradients a site knows how to go on from, the newest ones."""
 
+SMALL = 2**20
+"""Elements of an image up to which a site may be one node with others (`chains`)."""
+
 _ROWS = 6
 """Of what `norm_finalize` returns."""
 
@@ -72,6 +75,7 @@ class Site:
         self._forward: Callable[..., Any] | None = None
         self._backward: list[tuple[Any, Callable[..., bool], Callable[..., Any]]] = []
         self.is_view = plan.product is None
+        self.is_small = max(x.numel() for x in inputs[:2] if x is not None) <= SMALL
         self.nb_inputs = len(_present(inputs))
         self._inputs = _places(inputs)
         tables, self._tables = _listed([*tensors, *_kept(running)])
@@ -85,13 +89,14 @@ class Site:
             None if place is None else _Place(whole.index(place.which), place.row)
             for place in rows
         ])  # fmt: skip
-        self.saved, self.saved_tables = _picker(_present(parts[:_SAVED])), _picker(whole)
+        self.saved, self.saved_tables = picker(_present(parts[:_SAVED])), picker(whole)
+        self.nb_saved = len(_present(parts[:_SAVED]))
         self._learned = _present([self._saved[n] for n in _LEARNED])
         # of each input, the place of its gradient among None and what `Backward` returns
         own = zip(_GRADIENTS, (*inputs, *sums), strict=True)
         grads = [place + 1 for place, x in own if x is not None]
         self._needs = [grads.index(n + 1) + 3 if n + 1 in grads else None for n in range(10)]
-        self.gradients = _picker([0, 0, 0, *grads])
+        self.gradients = picker([0, 0, 0, *grads])
 
     def __call__(
         self, told: list[Any] | None, inputs: Sequence[Any], sums: Sequence[Any],
@@ -125,7 +130,7 @@ class Site:
         again = self._forward
         if again is not None:
             try:
-                return _unrounded(again, (*inputs, *tables))
+                return recordings.replayed(again, (*inputs, *tables))
             except tape.Changed:
                 self._forward = None
         everything = *[None if n is None else inputs[n] for n in self._inputs], *tables
@@ -144,11 +149,12 @@ class Site:
         self._forward = again
 
     def differentiate(
-        self, needs: tuple[bool, ...], g: Any, sums: Tensor | None, kept: Sequence[Tensor]
-    ) -> tuple[Any, ...]:
+        self, needs: tuple[bool, ...], g: Any, sums: Tensor | None, kept: Sequence[Tensor],
+        is_unseen: bool,
+    ) -> tuple[Any, ...]:  # fmt: skip
         """Return what `block.Backward` does, given what was saved, and which inputs need it."""
         keep = None
-        if recordings.is_unseen(g):
+        if is_unseen:
             own = g, *[kept[n] for n in self._learned]  # a user may have given one other data
             words = g.shape[1] % layout.WORD == 0 or layout.is_in_words(g)
             key = needs, sums is None, words, g.data_ptr() % 16, recordings.settings(g)
@@ -157,14 +163,16 @@ class Site:
                 if known != key or not are_alike(*own):
                     continue
                 try:
-                    return _unrounded(again, (g, *kept) if sums is None else (g, sums, *kept))
+                    return recordings.replayed(
+                        again, (g, *kept) if sums is None else (g, sums, *kept)
+                    )
                 except tape.Changed:
                     self._backward.remove(entry)
                     break
             keep = lambda again: self._remember(key, own, again)  # noqa: E731
         wanted = tuple([n is not None and needs[n] for n in self._needs])
         back = Backward(self._plan, self._numbers, wanted, self._reads_sums)
-        tables = kept[len(_present(self._saved)) :]
+        tables = kept[self.nb_saved :]
         everything = g, sums, *[None if n is None else kept[n] for n in self._saved], *tables
 
         def compute(*tensors: Any) -> tuple[Any, ...]:
@@ -205,18 +213,12 @@ class Block(Function):
         site: Site = ctx.site
         kept = *ctx.saved_tensors, *ctx.tables
         sums = sums if ctx.told[0] else None
-        return site.gradients((None, *site.differentiate(ctx.needs_input_grad, g, sums, kept)))
+        is_unseen = recordings.is_unseen(g)
+        found = site.differentiate(ctx.needs_input_grad, g, sums, kept, is_unseen)
+        return site.gradients((None, *found))
 
 
 _apply: Any = super(Function, Block).apply  # type: ignore[attr-defined]
-
-
-def _unrounded(again: Callable[..., Any], tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    """Return again(*tensors), where autocast rounds nothing; a context costs the host, too."""
-    if not torch.is_autocast_enabled(tensors[0].device.type):
-        return again(*tensors)
-    with recordings.unrounded(tensors[0]):
-        return again(*tensors)
 
 
 def _kept(running: Running | None) -> Sequence[Tensor | None]:
@@ -269,7 +271,7 @@ def _places(parts: Sequence[Any]) -> list[int | None]:
     return places
 
 
-def _picker(places: list[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+def picker(places: list[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     """Return what picks these from a sequence, as a tuple."""
     if len(places) > 1:
         return operator.itemgetter(*places)

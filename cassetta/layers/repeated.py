@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from cassetta.functional import programs, recordings
+from cassetta.functional import chains, programs, recordings
 from cassetta.kernels import dispatch, layout
 from cassetta.layers import decisions, fusing
 
@@ -98,7 +98,7 @@ def _traced(
         return None, forward(module, *images, **options)
     with programs.Trace(images, tensors) as trace:
         out = forward(module, *images, **options)
-    return trace.program(out), out
+    return trace.program(out, chains.joined), out
 
 
 def _is_ours(module: nn.Module) -> bool:

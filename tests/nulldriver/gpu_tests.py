@@ -96,7 +96,7 @@ def test_a_block_is_launched_on_the_gpu_of_its_image(monkeypatch, engine, place)
     assert y.shape == x.shape
     assert x.grad.shape == x.shape
     assert {*standin.launched} == {place}
-    assert len(standin.launched) == standin.DRIVER.null_launches() - count > forward > 2
+    assert len(standin.launched) == standin.DRIVER.null_launches() - count > forward > 1
     assert standin.current == 0
 
 
@@ -169,7 +169,7 @@ def unet():
 def test_a_network_is_compiled_whole():
     """`torch.compile(fullgraph=True)`, with tensors that are fake, and on a GPU."""
     graph = traced(unet(), image(1, 4, 8, 8))
-    for name in ("norm_finalize", "norm_finalize_backward", "max_pool", "concatenate"):
+    for name in ("norm_statistics", "norm_sums", "max_pool", "concatenate"):
         assert f"cassetta.{name}" in graph
     assert standin.launched
 
@@ -183,7 +183,7 @@ def test_a_request_is_compiled(monkeypatch):
     """The backend "triton" is asked for, and what is no block runs by torch's convolution."""
     monkeypatch.setenv(dispatch.ENVIRONMENT, "triton")
     with torch.no_grad():
-        assert "cassetta.moments" in traced(nn.Sequential(block(), Conv(2, 8, 8)), image())
+        assert "cassetta.norm_statistics" in traced(nn.Sequential(block(), Conv(2, 8, 8)), image())
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -192,7 +192,7 @@ def test_a_network_is_exported(strict):
     net, x = unet().eval(), image(1, 4, 8, 8).detach()
     with torch.no_grad():
         graph = str(torch.export.export(net, (x,), strict=strict).graph)
-    assert "cassetta.norm_finalize" in graph
+    assert "cassetta.norm_statistics" in graph
     assert "capability" not in graph
 
 

@@ -1,0 +1,149 @@
+"""Sites of a program that are one node give the bits that they give one by one."""
+
+import copy
+import itertools
+
+import interpol  # noqa: F401 (with an old torch it compiles itself: before a test changes torch)
+import pytest
+import torch
+from test_recordings import assert_same, general, step
+
+from cassetta.backbones import MeshNet
+from cassetta.functional import chains, sites
+from cassetta.layers import ConvGroup
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+ROUNDS = 4
+"""By the general path, traced, by the program, by its replays."""
+
+
+def nodes(last):
+    """The names of the nodes of ours before a tensor."""
+    seen, left = set(), [last.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [before for before, _ in node.next_functions]
+    own = ("ChainedBackward", "BlockBackward")
+    return sorted(name for node in seen for name in own if type(node).__name__ == name)
+
+
+@pytest.mark.parametrize("nb", [1, 2, chains.LENGTH, chains.LENGTH + 1])
+def test_how_many_blocks_are_a_node(nb, kernels, engine):
+    net = ConvGroup(1, 4, nb_conv=nb, norm="batch", order="cndax").to(kernels)
+    for _ in range(ROUNDS):
+        out = net(torch.randn(2, 4, 12, device=kernels))
+    chained, alone = divmod(nb, chains.LENGTH)
+    expected = ["ChainedBackward"] * (chained + (alone > 1)) + ["BlockBackward"] * (alone == 1)
+    assert nodes(out) == sorted(expected)
+
+
+def test_large_images_release_what_they_keep_block_by_block(kernels, monkeypatch):
+    monkeypatch.setattr(sites, "SMALL", 2 * 4 * 12 - 1)
+    net = ConvGroup(1, 4, nb_conv=3, norm="batch", order="cndax").to(kernels)
+    for _ in range(ROUNDS):
+        out = net(torch.randn(2, 4, 12, device=kernels))
+    assert nodes(out) == ["BlockBackward"] * 3
+
+
+def asked(net, image, wanted):
+    """The gradients of some tensors alone."""
+    torch.manual_seed(1)
+    out = net(image)
+    return torch.autograd.grad(out, wanted(net, image), torch.cos(out.detach()))
+
+
+WANTED = {
+    "image": lambda net, image: [image],
+    "first weights": lambda net, image: [net[0].conv.weight],
+    "last weights": lambda net, image: [net[-1].conv.weight],
+    "a norm within": lambda net, image: [net[1].norm.weight, net[1].norm.bias],
+    "a bias and the image": lambda net, image: [net[2].conv.bias, image],
+}
+
+
+@pytest.mark.parametrize(("name", "order"), [*zip(WANTED, itertools.cycle(["cndax", "caxnd"]))])
+def test_what_is_asked_for_alone(name, order, kernels, engine):
+    """Also in turns with all of it; what precedes the first site that is asked for does nothing."""
+    torch.manual_seed(0)
+    net = ConvGroup(1, 4, nb_conv=3, norm="batch", order=order).to(kernels)
+    twin = copy.deepcopy(net)
+    for n in range(ROUNDS + 2):
+        image = torch.randn(2, 4, 12, device=kernels, requires_grad=True)
+        wanted = WANTED[name] if n != 2 else lambda net, image: [image, *net.parameters()]
+        found = asked(net, image, wanted)
+        with general():
+            expected = asked(twin, image, wanted)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("frozen", [[0, 1], [2]], ids=str)
+def test_frozen_blocks(frozen, kernels, engine):
+    torch.manual_seed(0)
+    net = ConvGroup(1, 4, nb_conv=3, norm="instance").to(kernels)
+    for n in frozen:
+        net[n].requires_grad_(False)
+    twin = copy.deepcopy(net)
+    for _ in range(ROUNDS):
+        image = torch.randn(2, 4, 12, device=kernels)
+        found = step(net, image)
+        with general():
+            assert_same(found, step(twin, image))
+
+
+def test_blocks_that_share_weights_are_no_chain(kernels, engine):
+    torch.manual_seed(0)
+    net = ConvGroup(1, 4, nb_conv=3, norm="instance", recurrent=True).to(kernels)
+    twin = copy.deepcopy(net)
+    for _ in range(ROUNDS):
+        image = torch.randn(2, 4, 12, device=kernels, requires_grad=True)
+        found = step(net, image)
+        with general():
+            assert_same(found, step(twin, image))
+    assert "ChainedBackward" not in nodes(net(image))
+
+
+def test_what_others_read_ends_a_chain(kernels, engine):
+    """What leaves each block is returned, or added to what leaves the next."""
+    torch.manual_seed(0)
+    for options in ({"return_all": True}, {}):
+        net = ConvGroup(1, 4, nb_conv=3, norm="batch", residual=not options).to(kernels)
+        twin = copy.deepcopy(net)
+        for _ in range(ROUNDS):
+            image = torch.randn(2, 4, 12, device=kernels, requires_grad=True)
+            found = net(image, **options)
+            with general():
+                expected = twin(image, **options)
+            for ours, theirs in zip(found, expected, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_backward_twice(kernels, engine):
+    """With what is retained, the same; without, torch's own error; and no second derivative."""
+    net = MeshNet(1, 4, nb_layers=3, norm="batch").to(kernels)
+    for _ in range(ROUNDS):
+        image = torch.randn(1, 4, 12, device=kernels, requires_grad=True)
+        out = net(image)
+        (first,) = torch.autograd.grad(out.sum(), image, retain_graph=True)
+        (again,) = torch.autograd.grad(out.sum(), image, retain_graph=True)
+        torch.testing.assert_close(first, again, rtol=0, atol=0)
+        (slope,) = torch.autograd.grad(out.sum(), image, create_graph=True)
+        with pytest.raises(RuntimeError, match="first derivatives only"):
+            slope.sum().backward()
+        torch.autograd.grad(net(image).sum(), image)
+        out = net(image)
+        torch.autograd.grad(out.sum(), image)
+        with pytest.raises(RuntimeError, match="second time"):
+            torch.autograd.grad(out.sum(), image)
+
+
+def test_weights_that_change_before_the_backward_are_noticed(kernels, engine):
+    net = ConvGroup(1, 4, nb_conv=3, norm="batch").to(kernels)
+    for _ in range(ROUNDS):
+        out = net(torch.randn(2, 4, 12, device=kernels))
+        with torch.no_grad():
+            net[1].conv.weight.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
