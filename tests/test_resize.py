@@ -12,7 +12,7 @@ from torch import nn
 from cassetta import functional
 from cassetta.functional import Deferred, linear_grid, resize_deferred
 from cassetta.functional.norm import Normalization, Pool
-from cassetta.kernels import dispatch, layout, reference, tile
+from cassetta.kernels import dispatch, layout, reference, splines, tile
 from cassetta.kernels.types import NOTHING, Activation, Prologue
 
 from compare import NothingRead, assert_near
@@ -197,7 +197,7 @@ def test_no_output_is_missed():
         ((shift,), (step,), (start,)) = linear_grid([size], [length], [factor], anchor)
         rate, offset, taps = reach(size, length, shift, step, start)
         i, j = torch.arange(length, **exact), torch.arange(size, **exact)
-        true = reference.hats((i + shift) * step + start, size)
+        true = splines.hats((i + shift) * step + start, size)
         narrow = [torch.tensor(t).float() for t in (step, start, rate, offset)]
         step_32, start_32, rate_32, offset_32 = narrow
         moved = (i + shift).float()
@@ -207,7 +207,7 @@ def test_no_output_is_missed():
                 first = (j * rate_32.double() + offset_32.double()).float()
             else:
                 p, first = moved * step_32 + start_32, j.float() * rate_32 + offset_32
-            seen = (reference.hats(p, size) > 0) & (true > 1e-8)
+            seen = (splines.hats(p, size) > 0) & (true > 1e-8)
             first = first.ceil().double().clamp(min=0)
             apart = i[:, None] - first
             missed = seen & ~((apart >= 0) & (apart < taps))

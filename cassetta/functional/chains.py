@@ -47,7 +47,7 @@ class Chain:
             for n, name in enumerate(call.targets):
                 places[name or (result, n)] = len(places)
             among = picker([places[name] for name in own])
-            picked = among, picker(where[: site.nb_inputs]), where, result, site.nb_saved
+            picked = among, picker([*where[: site.nb_inputs]]), where, result, site.nb_saved
             self._links.append(Link(site, told, *picked))
         self._needs: dict[tuple[bool, ...], list[tuple[bool, ...]]] = {}
         self.is_view = self._links[-1].site.is_view

@@ -123,7 +123,7 @@ def standardize(
         of_all = pooled.mean, pooled.var * (total / (total - 1).clamp(min=1))
         found, pooling = Moments(*(one.repeat(n, 1) for one in pooled)), FIXED
     if norm.updates():
-        kept = norm.running[:4]  # type: ignore
+        kept: Any = norm.running[:4]  # type: ignore[index]
         return ops.norm_finalize_running(found, *given, voxels, *kept), None, None
     tables = ops.norm_finalize(found, *given, voxels, pooling)
     if of_all[0] is not None:  # what is summed is centred at the mean of what is here

@@ -27,7 +27,7 @@ from cassetta.functional import recordings
 from cassetta.functional.deferred import Deferred
 from cassetta.functional.nodes import first_order
 from cassetta.functional.programs import applied
-from cassetta.kernels import layout, ops, reference
+from cassetta.kernels import layout, ops, splines
 from cassetta.kernels.types import Grid, flat
 
 
@@ -57,13 +57,13 @@ def resize(
         raise ValueError(f"factor={factor} leaves nothing of an image of size {tuple(sizes)}")
     grid = linear_grid(sizes, lengths, zooms, anchor)
     for axis, (size, length, *affine) in enumerate(zip(sizes, lengths, *grid, strict=True)):
-        where = reference.positions(inp, length, *affine)
+        where = splines.positions(inp, length, *affine)
         order, edge = nth(interpolation, axis), Bound(to_int(nth(bound, axis)))
         if is_linear(order, edge, extrapolate):
-            matrix = reference.hats(where, size)
+            matrix = splines.hats(where, size)
         else:
             matrix = _splines(where, size, order, edge, extrapolate, prefilter)
-        inp = reference.along(inp, axis + 2, matrix.to(inp.dtype))
+        inp = splines.along(inp, axis + 2, matrix.to(inp.dtype))
     return inp
 
 

@@ -167,7 +167,7 @@ class Site:
                         again, (g, *kept) if sums is None else (g, sums, *kept)
                     )
                 except tape.Changed:
-                    self._backward.remove(entry)
+                    self._backward[:] = [one for one in self._backward if one is not entry]
                     break
             keep = lambda again: self._remember(key, own, again)  # noqa: E731
         wanted = tuple([n is not None and needs[n] for n in self._needs])
