@@ -58,6 +58,7 @@ def networks():
             "nb_features": 4, "nb_levels": 2}), (1, 1, 16)),
         "all levels": lambda: (ConvEncoder(1, 4, nb_levels=2), (2, 4, 12)),
         "a way down": lambda: (DownPool(1, 4, 6), (2, 4, 12)),
+        "no norm, dropout": lambda: (group(dropout=0.3), (2, 4, 12)),
         "attention, in two ways": lambda: (group(norm="batch", attention="cbam"), (2, 4, 12)),
     }  # fmt: skip
 

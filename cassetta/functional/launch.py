@@ -86,9 +86,9 @@ class Launch(NamedTuple):
 
     def _is_plain(self, steps: Steps) -> bool:
         """Tell whether nodes of torch keep no more than ours, which is slower for the host."""
+        f0, f1, _ = steps.factors
         is_whole = self.second is None and self.first.prologue.is_identity()
-        is_whole = is_whole and steps.factors == (None, None, None)
-        return is_whole and ENGINES[self.product.engine].IS_TORCH
+        return ENGINES[self.product.engine].IS_TORCH and is_whole and f0 is None and f1 is None
 
     def _plain(self, steps: Steps) -> Image:
         """Compute it by nodes of torch; an activation is told by its result, or there is none."""
