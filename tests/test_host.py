@@ -47,7 +47,7 @@ def test_a_part_of_it(tmp_path):
     assert all(float(number) > 0 for row in found[1:] for number in row[2:])
     launches = [float(line.split()[-1]) for line in done.stdout.splitlines() if "auto" in line]
     assert len(launches) == 2
-    assert 0 < launches[0] < launches[1]
+    assert launches[0] == 0 < launches[1]  # without a norm it is torch that computes
     assert "a loop of 1000 additions takes" in done.stdout
 
 

@@ -147,6 +147,7 @@ def test_between_the_levels_of_a_unet_nothing_is_materialized(pool_mode, engine)
         assert counted.count("cassetta.conv_fprop") == 10 + 2
         assert counted.count("cassetta.materialize") == 10 - 3 + 1
         assert counted.count("cassetta.moments") == 0
+        assert counted.count("cassetta.norm_statistics") == 0
 
 
 def with_residual(counted):
@@ -182,4 +183,5 @@ def test_in_inference_sums_leave_with_the_product(name):
     assert with_residual(summed) == sums
     assert summed.count("aten.add") == alone
     assert summed.count("cassetta.moments") == 0
+    assert summed.count("cassetta.norm_statistics") == 0
     assert summed.count("cassetta.materialize") == (3 if name == "pre-activation" else 0)
