@@ -124,7 +124,7 @@ def measure(case: Case, engines: list[str], rounds: int, clock: Clock) -> dict[s
     found = {}
     for name in who:
         launches = _share(clock.launched, name, "step")
-        if bool(launches) == (name == "eager") and not (case.plain and not launches):
+        if launches if name == "eager" else not (launches or case.plain):
             raise RuntimeError(f"{name} launched {launches} kernels for a step of {case}")
         found[name] = [_share(typical, name, what) for what in ("forward", "step")] + [launches]
     return found

@@ -130,14 +130,13 @@ class _Writer:
     def _allocate(self, one: Entry) -> None:
         if one.name in self.shared:
             return
-        make, kind, where = map(
-            self._constant, (torch.empty_strided, one.tensor.dtype, self.device)
-        )
-        shape, stride = form(one.tensor)
         if (like := self._like(one.tensor)) is not None:  # which is quicker
             self.lines.append(f"{one.name} = {self._constant(torch.empty_like)}({like})")
             return
-        shape = tuple(shape)
+        make, kind, where = map(
+            self._constant, (torch.empty_strided, one.tensor.dtype, self.device)
+        )
+        shape, stride = tuple(one.tensor.shape), one.tensor.stride()
         self.lines.append(f"{one.name} = {make}({shape}, {stride}, dtype={kind}, device={where})")
 
     def _like(self, x: Tensor) -> str | None:

@@ -426,3 +426,25 @@ def test_launches_are_those_of_the_general_path(tmp_path):
         pytest.skip(done.stderr)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert "compared" in done.stdout
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["guards of torch", "in Python"])
+def test_tensors_are_of_one_kind(old, monkeypatch):
+    """By torch's guards, or without them: both tell the same."""
+    if old:
+        monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
+    pair = nn.Parameter(torch.randn(4, 4)), torch.randn(2, 3)
+    are_alike = recordings.alike(pair)
+    assert are_alike(*pair)
+    assert are_alike(nn.Parameter(torch.zeros(4, 4)), torch.zeros(2, 3))
+    first, second = pair
+    others = [
+        first.detach(), first.detach().requires_grad_(), nn.Parameter(torch.randn(4, 5)),
+        nn.Parameter(torch.randn(4, 4).T), nn.Parameter(torch.randn(4, 4).double()),
+    ]  # fmt: skip
+    for other in others:
+        assert not are_alike(other, second)
+    same = recordings.alike([second, second])
+    assert not same(second, second)
+    with torch.inference_mode():
+        assert not are_alike(*pair)

@@ -31,7 +31,6 @@ class Link(NamedTuple):
     inputs: Callable[[Sequence[Any]], tuple[Any, ...]]
     places: tuple[int, ...]  # of its inputs, and of what stands for sums of images
     result: int  # the place of y; that of its sums comes next
-    nb_saved: int
 
 
 class Chain:
@@ -47,8 +46,8 @@ class Chain:
             for n, name in enumerate(call.targets):
                 places[name or (result, n)] = len(places)
             among = picker([places[name] for name in own])
-            picked = among, picker([*where[: site.nb_inputs]]), where, result, site.nb_saved
-            self._links.append(Link(site, told, *picked))
+            inside = picker([*where[: site.nb_inputs]])
+            self._links.append(Link(site, told, among, inside, where, result))
         self._needs: dict[tuple[bool, ...], list[tuple[bool, ...]]] = {}
         self.is_view = self._links[-1].site.is_view
 
@@ -66,7 +65,7 @@ class Chain:
         kept: list[Tensor] = []
         beside: list[tuple[Tensor, ...]] = []
         made: tuple[Any, ...] = ()
-        for site, _, own, given, _, _, _ in self._links:
+        for site, _, own, given, _, _ in self._links:
             mine, x = own(values), given(values)
             made = site.compute(mine, *x)
             y, _, *found = made
@@ -87,16 +86,15 @@ class Chain:
         grads = {last.result: g, last.result + 1: sums}
         end, is_unseen = len(kept), recordings.is_unseen(g)
         for link, tables, own in zip(self._links[::-1], beside[::-1], asked[::-1], strict=True):
-            site, told, _, _, places, result, nb_saved = link
+            site, told, _, _, places, result = link
             g, sums = grads.pop(result, None), grads.pop(result + 1, None)
             if g is None or not any(own):
                 break
-            mine = *kept[end - nb_saved : end], *tables
-            end -= nb_saved
+            start = end - site.nb_saved
+            mine, end = (*kept[start:end], *tables), start
             found = site.differentiate(own, g, sums if told[0] else None, mine, is_unseen)
             grads |= zip(places, site.gradients((None, *found))[3:], strict=True)
-        start = self._first
-        return [grads.get(n) for n in range(start, start + self._nb_inputs)]
+        return [grads.get(self._first + n) for n in range(self._nb_inputs)]
 
     def _asked(self, needs: tuple[bool, ...]) -> list[tuple[bool, ...]]:
         """Return what the inputs of each site need."""

@@ -167,13 +167,9 @@ def completed(tables: Tables, word: str, found: Sequence[Tensor | None]) -> Tabl
 
 
 def gradients(
-    g: Tensor,
-    sums: Tensor | None,
-    x: Tensor,
-    steps: Steps,
-    tables: Tables,
+    g: Tensor, sums: Tensor | None, x: Tensor, steps: Steps, tables: Tables,
     needs: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return the gradients of x, gamma, beta and PReLU's weight that are needed.
 
     And, if it takes no pass over an image, the sums (C,) of the gradient of x, which are that of a
