@@ -17,6 +17,7 @@ test: check
 # What breaks first where torch, triton or Python is another: compilation, export, choice, networks.
 VERSION_TESTS = tests/test_torch.py tests/test_cuda_machine.py tests/test_machine.py \
 	tests/test_dispatch.py tests/test_golden.py tests/test_unet.py tests/test_updown.py \
+	tests/test_ops.py::test_inductor_finds_results_where_it_was_told \
 	tests/test_resize.py::test_it_compiles_without_a_break \
 	tests/test_fused.py::test_compile_export_checkpoint
 
@@ -56,7 +57,7 @@ BUDGET ?= 400
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(max(1, min(14, (os.cpu_count() or 1) - 2)))')
 LOG ?= test-gpu.log
 GPU_TESTS = tests/test_gpu.py tests/test_graphs.py tests/test_recordings.py tests/test_programs.py \
-	tests/test_ops.py::test_inductor_finds_results_where_it_was_told \
+	tests/test_chains.py tests/test_ops.py::test_inductor_finds_results_where_it_was_told \
 	tests/test_golden.py tests/test_convolutions.py tests/test_boxes.py \
 	tests/test_passes.py tests/test_pool.py tests/test_resize.py tests/test_joined.py \
 	tests/test_exchanged.py tests/test_fused.py

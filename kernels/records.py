@@ -10,12 +10,14 @@ written by hand, and tracers see plain code.
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._library.utils import get_layout_constraint_tag
 from torch.library import Library, register_autograd, register_fake
 
 from cassetta.kernels import types
@@ -67,10 +69,11 @@ class PassRecord(Generic[P, R]):
         PASSES[self.name] = self
         name = f"cassetta::{self.name}"
         _LIBRARY.define(self.name + self.schema)
-        register_fake(name, self.together(self.fake), lib=_LIBRARY)
+        operator = getattr(torch.ops.cassetta, self.name).default
+        register_fake(name, _known_to_inductor(operator, self.together(self.fake)), lib=_LIBRARY)
         if not self.changes:  # torch takes no gradient for what writes
             register_autograd(name, _refuse, lib=_LIBRARY)
-        return self.caller(getattr(torch.ops.cassetta, self.name).default)
+        return self.caller(operator)
 
     def launched(self) -> Callable[P, R]:
         """Import and return what launches the kernel."""
@@ -112,6 +115,25 @@ class PassRecord(Generic[P, R]):
     def _kinds(self) -> "dict[str, _Kind]":
         parameters = inspect.signature(self.reference).parameters
         return {name: _KINDS[one.annotation] for name, one in parameters.items()}
+
+
+def _known_to_inductor(operator: Any, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `fake`, which first registers the operator with inductor as inductor would do itself.
+
+    Before torch 2.13, inductor writes for its log, which nobody reads, all that an operator depends
+    on when it meets one that it does not know: time and memory grow as 2 to the number of blocks
+    before it (`torch._inductor.graph.GraphLowering.call_function`).
+    """
+
+    def run(*arguments: Any) -> Any:
+        inductor: Any = sys.modules.get("torch._inductor.lowering")
+        if inductor is not None and operator not in inductor.lowerings:
+            tag = get_layout_constraint_tag(operator, with_default=True)
+            constraint = inductor.tag_to_layout_constraint(tag)
+            inductor.make_fallback(operator, constraint, warn=False)
+        return fake(*arguments)
+
+    return run
 
 
 class _Kind(NamedTuple):

@@ -1,6 +1,7 @@
 """What compilers are told of an operator is what it returns, however its images lie in memory."""
 
 import contextlib
+import importlib
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from cassetta.backbones import MeshNet, UNet
 from cassetta.kernels import dispatch, layout, ops
 from cassetta.kernels.examples import Sample, transform
+from cassetta.kernels.records import PASSES
 from cassetta.kernels.types import Activation, Prologue
 from cassetta.layers import Conv, DownInterpol, DownPool, UpInterpol
 
@@ -144,6 +146,25 @@ def test_steps_of_networks_lie_as_compilers_are_told(make, kind, engine):
     assert {"max_pool_dgrad", "resize", "resize_dgrad"} <= told.names
 
 
+@pytest.fixture
+def nothing_in_words(monkeypatch):
+    """Inductor meets the operators as for the first time, and may describe none of them.
+
+    The description of an operator is that of all before it: 2 to the depth of a network.
+    """
+    lowerings = importlib.import_module("torch._inductor.lowering").lowerings
+    issue = importlib.import_module("torch._inductor.exc").OperatorIssue
+    operators = [getattr(torch.ops.cassetta, name).default for name in PASSES]
+    for one in operators:
+        monkeypatch.delitem(lowerings, one, raising=False)
+
+    def described(target, *arguments):
+        assert target not in operators
+        return ""
+
+    monkeypatch.setattr(issue, "operator_str", staticmethod(described))
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler of C++")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of what it imports itself
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo
@@ -156,6 +177,7 @@ def test_steps_of_networks_lie_as_compilers_are_told(make, kind, engine):
         (meshnet, "reference", "gemm"),
     ],
 )
+@pytest.mark.usefixtures("nothing_in_words")
 def test_inductor_finds_results_where_it_was_told(make, run, engine, request):
     """Its code asserts the strides of what an operator returns."""
     device = request.getfixturevalue("kernels") if run == "triton" else torch.device("cpu")

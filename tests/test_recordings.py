@@ -65,6 +65,7 @@ def _step(net, image, dtype):
 
 
 def assert_same(found, expected):
+    """Assert equal tensors: to the bit, or on a GPU to what a library's other order makes."""
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         assert (one.dtype, one.shape, one.stride()) == (other.dtype, other.shape, other.stride())
