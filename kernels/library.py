@@ -121,3 +121,26 @@ def conv_transposed(
             start = before - min(before, after)
             y = y.narrow(axis, start, y.shape[axis] - abs(after - before))
     return y
+
+
+def conv_transposed_backward(
+    g: Tensor, x: Tensor, w: Tensor, geometry: Geometry, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of x, w and a bias in `conv_transposed`, given that of y; those that are needed.
+
+    Nothing lengthens the ends of axes. Where a sample is large, by the convolution whose image is g
+    and the gradient of whose result is x.
+    """
+    stride, padding, dilation, groups = geometry
+    if _slabs(g, w, geometry):
+        dx = conv(g, w, None, geometry) if needs[0] else None
+        dw = conv_backward(x, g, w, geometry, (False, True, False))[1] if needs[1] else None
+        return dx, dw, g.sum((0, *range(2, g.ndim))) if needs[2] else None
+    common = [min(pair) for pair in padding]
+    if any(before != after for before, after in padding):  # what was cropped has no gradient
+        cropped = zip(reversed(padding), reversed(common), strict=True)
+        g = F.pad(g, [p - least for pair, least in cropped for p in pair])
+    return torch.ops.aten.convolution_backward(
+        g, x, w, [g.shape[1]] if needs[2] else None, stride, common, dilation, True,
+        [0] * len(stride), groups, needs,
+    )  # fmt: skip

@@ -16,7 +16,10 @@ from torch.utils._pytree import tree_leaves
 from cassetta.kernels import machine
 from cassetta.kernels.tape import Call, Changed, Entry, Function, Start, Tape, Unrecordable, form
 
-_QUICKER = {torch.ops.aten.convolution.default: torch.convolution}  # than through the overload
+_QUICKER = {  # than through the overload
+    torch.ops.aten.convolution.default: torch.convolution,
+    torch.ops.aten._to_copy.default: lambda x, dtype: x.to(dtype),
+}
 _SHARED = 2**20
 """Bytes up to which a temporary shares an allocation."""
 
@@ -152,7 +155,8 @@ class _Writer:
         func = step.operator
         given = [*map(self._argument, step.args)]
         given += [f"{key}={self._argument(value)}" for key, value in step.kwargs.items()]
-        call = f"{self._constant(_QUICKER.get(func, func))}({', '.join(given)})"
+        quick = _QUICKER.get(func, func) if {*step.kwargs} <= {"dtype"} else func
+        call = f"{self._constant(quick)}({', '.join(given)})"
         if func._schema.is_mutable:  # what is changed has its name
             self.lines.append(call)
             self.writes |= any(self.tape.of(x).kind == "given" for x in _written(step))

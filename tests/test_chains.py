@@ -47,6 +47,30 @@ def test_large_images_release_what_they_keep_block_by_block(kernels, monkeypatch
     assert nodes(out) == ["BlockBackward"] * 3
 
 
+@pytest.mark.parametrize("order", ["cndax", "caxnd"])
+def test_autocast_interrupts_no_chain(order, kernels, engine):
+    """Weights are rounded by the sites themselves, and may change before the backward."""
+    torch.manual_seed(0)
+    net = ConvGroup(1, 8, nb_conv=3, norm="instance", order=order).to(kernels)
+    twin = copy.deepcopy(net)
+    for n in range(ROUNDS):
+        image = torch.randn(2, 8, 12, device=kernels).half()
+        found = step(net, image, torch.float16)
+        with general():
+            assert_same(found, step(twin, image, torch.float16))
+        with torch.autocast(kernels.type, torch.float16):
+            out = net(image)
+        assert nodes(out) == (["ChainedBackward"] if n > 1 else ["BlockBackward"] * 3)
+        total = out.float().sum()
+        (before,) = torch.autograd.grad(total, net[0].norm.weight, retain_graph=True)
+        with torch.no_grad():
+            net[1].conv.weight.mul_(2)
+        (after,) = torch.autograd.grad(total, net[0].norm.weight)
+        with torch.no_grad():
+            net[1].conv.weight.div_(2)
+        assert_same([after], [before])
+
+
 def asked(net, image, wanted):
     """The gradients of some tensors alone."""
     torch.manual_seed(1)

@@ -292,6 +292,29 @@ GEOMETRIES = {
 }
 
 
+@pytest.mark.parametrize("largest", [300, 2**31])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_the_gradients_of_a_transposed_convolution(monkeypatch, name, largest):
+    """In slabs, too; what a padding crops on one side alone has no gradient."""
+    size, geometry = GEOMETRIES[name]
+    x = torch.randn(2, 4, 17, 5, 4).double()
+    w = torch.randn(4, 4 // geometry.groups, size, 3, 3).double().requires_grad_()
+    b = torch.randn(4).double().requires_grad_()
+    x.requires_grad_()
+    out = library.conv_transposed(x, w, b, geometry, (0, 0, 0))
+    g = torch.randn_like(out)
+    expected = torch.autograd.grad(out, (x, w, b), g)
+    monkeypatch.setattr(library, "LARGEST", largest)
+    with torch.no_grad():
+        found = library.conv_transposed_backward(g, x, w, geometry, (True, True, True))
+        none = library.conv_transposed_backward(g, x, w, geometry, (False, True, False))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_near(ours, theirs)
+    assert_near(none[1], expected[1])
+    assert none[0] is None
+    assert none[2] is None
+
+
 @pytest.mark.parametrize("largest", [300, 1000])
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_a_sample_too_large_for_cudnn_is_convolved_in_slabs(monkeypatch, name, largest):

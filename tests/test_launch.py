@@ -49,11 +49,16 @@ def test_each_convolution_is_computed_once(name, training, engine):
     make, shape = NETS[name]()
     net, inp = make.train(training), torch.randn(shape)
     with dispatch.fused_on_reference(), torch.set_grad_enabled(training), Counted() as counted:
-        net(inp)
+        out = net(inp)
     assert sum(counted.count(operator) for operator in FORWARD[engine]) == convolutions(net)
     for module in net.modules():
         if getattr(module, "num_batches_tracked", None) is not None:
             assert module.num_batches_tracked == (1 if training else 0)
+    if training and engine == "library":
+        with Counted() as counted:
+            out.sum().backward()
+        assert counted.count("aten.convolution_backward") == convolutions(net)
+        assert counted.count("aten.convolution.default") == 0
 
 
 def test_encoder_and_decoder_apart(engine):
@@ -150,7 +155,8 @@ def test_what_waits_is_of_the_shape_and_layout_that_it_will_have(engine):
 
 
 def test_an_engine_is_a_module_with_these_functions():
-    names = {"FUSES", "supports", "is_last", "fprop", "bprop", "dgrad", "wgrad", "transposed"}
+    names = {"FUSES", "supports", "is_last", "fprop", "bprop", "dgrad", "wgrad", "joins"}
+    names |= {"transposed", "transposed_bprop"}
     assert dispatch.DEFAULT in engines.ENGINES
     for engine in engines.ENGINES.values():
         public = {name for name in vars(engine) if not name.startswith("_")}
@@ -203,6 +209,46 @@ def test_the_gradient_of_a_bias_before_a_norm_takes_no_pass(norm, least, engine,
     masks = [args[-1] for func, args in counted.calls if "convolution_backward" in str(func)]
     assert len(masks) == 2 * (engine == "library")
     assert not any(mask[2] for mask in masks)
+
+
+def graph(last):
+    """The names of all nodes before a tensor."""
+    seen, left = set(), [last.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [before for before, _ in node.next_functions]
+    return {type(node).__name__ for node in seen}
+
+
+@pytest.mark.parametrize("least", [0, 2**24], ids=["apart", "one node"])
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_autocast_rounds_weights_within_the_node(norm, least, engine, monkeypatch):
+    """Gradients come in float32, by no node of torch; weights may change meanwhile."""
+    monkeypatch.setattr(importlib.import_module("cassetta.functional.launch"), "APART", least)
+    torch.manual_seed(0)
+    net = ConvGroup(2, 8, nb_conv=2, norm=norm, activation="GELU", order="cndax")
+    inp, found = torch.randn(2, 8, 9, 9).bfloat16(), {}
+    for name, context in (
+        ("truth", dispatch.use_backend("reference")),
+        ("torch", dispatch.use_backend("reference")),
+        ("ours", dispatch.fused_on_reference()),
+    ):  # fmt: skip
+        one = copy.deepcopy(net)
+        with context, torch.autocast("cpu", torch.bfloat16, enabled=name != "truth"):
+            out = one(inp.float() if name == "truth" else inp)
+        assert ("ToCopyBackward0" in graph(out)) == (name == "torch")
+        if name == "ours":
+            with torch.no_grad():
+                for module in one:
+                    module.conv.weight.zero_()
+        out.backward(torch.cos(out.detach()))
+        found[name] = [parameter.grad for parameter in one.parameters()]
+    scale = max(float(one.abs().max()) for one in found["truth"])
+    for ours, theirs, truth in zip(found["ours"], found["torch"], found["truth"], strict=True):
+        assert ours.dtype is torch.float32
+        assert (ours - truth).norm() <= 2 * (theirs - truth).norm() + 1e-3 * scale
 
 
 @pytest.mark.parametrize("activation", ["ReLU", "LeakyReLU", "ELU", "Tanh", "Sigmoid", None])

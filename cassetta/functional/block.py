@@ -31,7 +31,6 @@ from cassetta.functional.steps import (
 )
 from cassetta.kernels import layout, ops
 from cassetta.kernels.engines import ENGINES
-from cassetta.kernels.operands import built, summed
 from cassetta.kernels.types import NOTHING, Activation, Geometry, Moments, Prologue, together
 
 
@@ -72,6 +71,11 @@ class Plan(NamedTuple):
     by_result: bool  # the activation is applied, and its result is kept
     leaves: bool  # that activation leaves with the product
     is_summed: bool  # readers may return sums
+    rounds: tuple[torch.dtype, torch.dtype] | None = None  # the weights, from and to these
+
+    def rounded(self, x: Any) -> Any:
+        """Return a parameter of the product in the dtype in which it is multiplied."""
+        return x if x is None or self.rounds is None else x.to(self.rounds[1])
 
     def activation(self, which: int, numbers: Sequence[float]) -> Activation:
         """Return one of the activations, with its constants."""
@@ -123,8 +127,9 @@ def compute(
 ) -> tuple[Any, ...]:  # fmt: skip
     """Compute y, room that stands for its sums, and what its norm amounts to, or else its moments.
 
-    What a norm amounts to is returned if it depends on y: `standardize` says what that is. Running
-    statistics are updated in the end: what is raised before has changed nothing.
+    What a norm amounts to is returned if it depends on y: `standardize` says what that is. Last
+    come the rounded weights, if they are rounded here. Running statistics are updated in the end:
+    what is raised before has changed nothing.
 
     Parameters
     ----------
@@ -140,7 +145,7 @@ def compute(
     steps = plan.steps(gamma, beta, weight, tensors[_FACTORS : _FACTORS + 3], numbers, running)
     if tensors[-1] is not None:
         own = Moments(*tensors[-2:])  # type: ignore[arg-type]
-    y = x
+    y, w, b = x, plan.rounded(w), plan.rounded(b)
     if plan.product is not None:
         assert w is not None
         p, p2, epilogue = (
@@ -160,9 +165,10 @@ def compute(
         shift = None if f0 is None else torch.zeros_like(f0)
         y = ops.materialize(y, Prologue(f0, shift, steps.activation), None, y.dtype)
     out = layout.tables(y, 2) if plan.is_summed else None
+    kept = None if plan.rounds is None else w
     if steps.are_known():
-        return y, out, *((None, None) if own is None else own), None
-    return y, out, *normalized(y, steps, prepared, own)
+        return y, out, *((None, None) if own is None else own), None, kept
+    return y, out, *normalized(y, steps, prepared, own), kept
 
 
 def saved(
@@ -172,6 +178,8 @@ def saved(
 
     Parameters
     ----------
+    inputs : sequence
+        Those of `compute`, with the rounded weights in the place of the weights.
     found : sequence
         What `compute`, of the same inputs and tensors, has found beside y and its sums.
     """
@@ -189,7 +197,7 @@ def saved(
 class Compiled(Function):
     """The node as compilers see it: (plan, inputs of `compute`, tensors, numbers) to (y, *found).
 
-    All that it returns is a result of it, and no reader returns sums.
+    All that it returns is a result of it, and no reader returns sums; weights come rounded.
     """
 
     @staticmethod
@@ -199,7 +207,7 @@ class Compiled(Function):
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         inputs = x, x2, w, b, r, gamma, beta, weight
         tensors, numbers = rest[:_BESIDE], rest[_BESIDE:]
-        y, _, *found = compute(plan, numbers, inputs, tensors)
+        y, _, *found, _ = compute(plan, numbers, inputs, tensors)
         ctx.save_for_backward(*saved(plan, inputs, tensors, y, found))
         ctx.given = plan, numbers
         ctx.set_materialize_grads(False)
@@ -262,10 +270,13 @@ class Backward(NamedTuple):
                 grads[:6] = _through_product(plan, dy, images, w, asked)
             grads[5] = grads[5] if to_b else dbias
             grads[6] = dy
-        for place, learned in (4, w), (7, gamma), (9, weight):
+        dtypes = [None if one is None else one.dtype for one in (w, None, gamma, weight)]
+        if plan.rounds is not None:
+            dtypes[:2] = plan.rounds[0], plan.rounds[0]
+        for place, dtype in zip((4, 5, 7, 9), dtypes, strict=True):
             grad = grads[place]
-            if grad is not None and learned is not None:
-                grads[place] = grad.to(learned.dtype)
+            if grad is not None and dtype is not None:
+                grads[place] = grad.to(dtype)
         return tuple([grad if needs[n] else None for n, grad in enumerate(grads)])
 
 
@@ -276,21 +287,23 @@ def _through_product(
     """Return the gradients of either image and its sums, of w and a bias, as far as needed.
 
     An image comes with its pending transform, and with a centre if sums of its gradient are asked
-    for. Two are read one after the other, so that no operand is as large as both.
+    for. Two are read one after the other, so that no operand is as large as both; or as one, where
+    the engine says that this is quicker.
     """
     engine, geometry, transposed = plan.product  # type: ignore[misc]
     run, (x, p, _) = ENGINES[engine], images[0]
     to_w, to_b = needs[2:]
     grads: list[Tensor | None] = [None] * 6
     with recordings.unrounded(g):
-        if transposed:  # as of the convolution whose image is g, and whose gradient z
-            if to_w:
-                z = built(x, p, w.dtype)
-                grads[4], _ = run.wgrad(z, g, NOTHING, w, geometry, (True, False))
-            if to_b:
-                grads[5] = summed(g)
-            if needs[0]:
-                grads[0], _ = run.fprop(g, NOTHING, None, NOTHING, w, None, geometry)
+        if transposed:
+            asked = needs[0], to_w, to_b
+            grads[0], *grads[4:] = run.transposed_bprop(g, x, p, w, geometry, asked)
+            return grads
+        if len(images) == 2 and needs[0] == needs[1] and run.joins(g):
+            x2, p2, _ = images[1]
+            grads[0], grads[2], *grads[4:] = run.joined_bprop(
+                g, x, p, x2, p2, w, geometry, (needs[0], to_w, to_b)
+            )
             return grads
         start, shares = 0, []
         for n, (x, p, centre) in enumerate(images):

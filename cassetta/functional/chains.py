@@ -67,10 +67,10 @@ class Chain:
         made: tuple[Any, ...] = ()
         for site, _, own, given, _, _ in self._links:
             mine, x = own(values), given(values)
-            made = site.compute(mine, *x)
-            y, _, *found = made
-            kept += site.saved((*x, y))
+            y, out, *found, w = site.compute(mine, *x)
+            kept += site.saved((*x, y, w))
             beside.append(site.saved_tables((*mine, *found)))
+            made = y, out, *found
             values += made
         return made, kept, beside
 

@@ -235,11 +235,11 @@ def _is_last(x: Tensor) -> bool:
     return x.shape[1] > 1 and x.stride(1) == 1
 
 
-def _rounded(x: Deferred, weight: Tensor, sums: bool) -> Image:
+def _rounded(x: Deferred, dtype: torch.dtype, sums: bool) -> Image:
     """Return what is read in the dtype of the product; a pending transform rounds what it makes."""
     image = x.read(sums)
-    if image.prologue.is_identity() and image.x.dtype != weight.dtype:
-        return Image(image.alone().to(weight.dtype))
+    if image.prologue.is_identity() and image.x.dtype != dtype:
+        return Image(image.alone().to(dtype))
     return image
 
 
@@ -279,7 +279,6 @@ def convolved(
     device, dtype = image.device.type, image.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     elif weight.dtype != dtype:
         raise TypeError(
             f"inp is in {dtype}, but the weights are in {weight.dtype}: convert one of them, "
@@ -291,10 +290,10 @@ def convolved(
     else:
         size = geometry.size_of(size, taps)
     shape = n, out, *size
-    like = weight.new_empty_strided(shape, (0,) * len(shape))
+    like = weight.new_empty_strided(shape, (0,) * len(shape), dtype=dtype)
     sums = ENGINES[engine].FUSES and not transposed
-    others = None if second is None else _rounded(second, weight, sums)
-    images = _rounded(first, weight, sums), others
+    others = None if second is None else _rounded(second, dtype, sums)
+    images = _rounded(first, dtype, sums), others
     grad = torch.is_grad_enabled()
     return Deferred(Launch(product, *images, weight, bias, like, grad, by_result, owner))
 

@@ -35,9 +35,9 @@ class Launch(NamedTuple):
     product: Product
     first: Image
     second: Image | None  # whose channels are further ones
-    weight: Tensor  # in the dtype of the product
+    weight: Tensor
     bias: Tensor | None
-    like: Tensor  # of the shape and kind of its result, without values
+    like: Tensor  # of the shape and kind of its result, without values: weights are rounded to that
     differentiable: bool  # as the caller asked for it, whatever is asked for when it is computed
     by_result: bool  # of an activation that is told by its result, that alone is kept
     owner: Any  # the module that convolves
@@ -93,7 +93,7 @@ class Launch(NamedTuple):
     def _plain(self, steps: Steps) -> Image:
         """Compute it by nodes of torch; an activation is told by its result, or there is none."""
         (engine, geometry, transposed), x = self.product, self.first.alone()
-        run, given = ENGINES[engine], (self.weight, self.bias, geometry)
+        run, given = ENGINES[engine], (*self._rounded(), geometry)
         with recordings.unrounded(x):
             if transposed:
                 y = run.transposed(x, NOTHING, *given)
@@ -101,6 +101,11 @@ class Launch(NamedTuple):
                 y, _ = run.fprop(x, NOTHING, None, NOTHING, *given)
             y = activations.apply_(y, steps.activation) if steps.word else y
         return Image(y)
+
+    def _rounded(self) -> tuple[Tensor, Tensor | None]:
+        """Return the parameters in the dtype of the product."""
+        dtype = self.like.dtype
+        return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
 
     def _fuses(self) -> bool:
         return ENGINES[self.product.engine].FUSES
@@ -152,20 +157,24 @@ def _node(
     launch, x may be a sum with a bias b, of which it is no function in the graph.
     """
     by_result, leaves, is_summed = flags
-    product = second = w = r = None
-    epilogue, like = NOTHING, x.x
+    product = second = w = r = rounds = None
+    epilogue, like, traces = NOTHING, x.x, torch.compiler.is_compiling()
     if launch is not None:
         product, second, w, b, r = (
             launch.product, launch.second, launch.weight, launch.bias, launch.residual,
         )  # fmt: skip
         epilogue, like = launch.epilogue, launch.like
+        if w.dtype != like.dtype and traces:
+            w, b = launch._rounded()
+        elif w.dtype != like.dtype:  # within the node: one less for each, and for the host
+            rounds = w.dtype, like.dtype
     inputs = (x.x, None if second is None else second.x, w, b, r, *steps.parameters())
     wanted = [one for one in inputs if one is not None and one.requires_grad]
     is_node, norm = torch.is_grad_enabled() and len(wanted) > 0, steps.norm
-    traces = torch.compiler.is_compiling()
     told: list[Any] = [is_summed and is_node and norm is not None and not traces]
     tables = prepared(like, steps)
-    plan, numbers = _plan(product, x, second, epilogue, steps, of, (by_result, leaves, told[0]))
+    flags = by_result, leaves, told[0]
+    plan, numbers = _plan(product, x, second, epilogue, steps, of, flags, rounds)
     tensors = beside(
         _tables(x),
         _tables(second),
@@ -185,7 +194,7 @@ def _node(
         z, *found = Compiled.apply(plan, *inputs, *tensors, *numbers)  # type: ignore[misc]
     else:
         with torch.no_grad():
-            z, _, *found = compute(plan, numbers, inputs, tensors)
+            z, _, *found, _ = compute(plan, numbers, inputs, tensors)
     if norm is None or norm.fixed is not None:
         own = None if found[0] is None else Moments(*found[:2])  # type: ignore[arg-type]
     else:
@@ -203,6 +212,7 @@ def _node(
 def _plan(
     product: Product | None, x: Image, second: Image | None, epilogue: Prologue, steps: Steps,
     of: Activation | None, flags: tuple[bool, bool, bool],
+    rounds: tuple[torch.dtype, torch.dtype] | None,
 ) -> tuple[Plan, tuple[float, ...]]:  # fmt: skip
     """Return what a node does, and the numbers that it needs (`block.compute`)."""
     p2, outer2 = (NOTHING, False) if second is None else (second.prologue, second.outer)
@@ -214,7 +224,9 @@ def _plan(
     numbers = [float(n) for activation in activations for n in (activation.p, activation.q)]
     norm, names = steps.norm, tuple([activation.name for activation in activations])
     pooled = None if norm is None else (norm.pool, norm.fixed is not None)
-    plan = Plan(product, (x.outer, outer2), names, steps.word, pooled, of is not None, *flags)
+    plan = Plan(
+        product, (x.outer, outer2), names, steps.word, pooled, of is not None, *flags, rounds
+    )
     return plan, (*numbers, 0.0 if norm is None else float(norm.eps))
 
 

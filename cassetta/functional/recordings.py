@@ -94,11 +94,15 @@ class Held:
 
 
 def replayed(again: Callable[..., Any], tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    """Return again(*tensors), where autocast rounds nothing; a context costs the host, too."""
-    if not torch.is_autocast_enabled(tensors[0].device.type):
+    """Return again(*tensors), where autocast rounds nothing; a context would cost the host more."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
         return again(*tensors)
-    with unrounded(tensors[0]):
+    torch.set_autocast_enabled(device, False)
+    try:
         return again(*tensors)
+    finally:
+        torch.set_autocast_enabled(device, True)
 
 
 def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:

@@ -79,10 +79,11 @@ class Site:
         self.nb_inputs = len(_present(inputs))
         self._inputs = _places(inputs)
         tables, self._tables = _listed([*tensors, *_kept(running)])
-        # what is saved, of inputs and y, and of tables and what is found
+        # what is saved, of inputs, y and rounded weights, and of tables and what is found
         found = [_Place(len(tables) + n) for n in range(3)]
-        beside = self._tables[: len(tensors)]
-        (*parts,) = saved(plan, self._inputs, beside, self.nb_inputs, found)
+        beside, own = self._tables[: len(tensors)], [*self._inputs]
+        own[2] = own[2] if plan.rounds is None else self.nb_inputs + 1
+        (*parts,) = saved(plan, own, beside, self.nb_inputs, found)
         self._saved, rows = _places(parts[:_SAVED]), parts[_SAVED:]
         whole = [*dict.fromkeys(place.which for place in _present(rows))]
         self._saved_tables = tuple([
@@ -93,8 +94,8 @@ class Site:
         self.nb_saved = len(_present(parts[:_SAVED]))
         self._learned = _present([self._saved[n] for n in _LEARNED])
         # of each input, the place of its gradient among None and what `Backward` returns
-        own = zip(_GRADIENTS, (*inputs, *sums), strict=True)
-        grads = [place + 1 for place, x in own if x is not None]
+        places = zip(_GRADIENTS, (*inputs, *sums), strict=True)
+        grads = [place + 1 for place, x in places if x is not None]
         self._needs = [grads.index(n + 1) + 3 if n + 1 in grads else None for n in range(10)]
         self.gradients = picker([0, 0, 0, *grads])
 
@@ -102,7 +103,7 @@ class Site:
         self, told: list[Any] | None, inputs: Sequence[Any], sums: Sequence[Any],
         tensors: Sequence[Any], running: Running | None,
     ) -> tuple[Any, ...]:  # fmt: skip
-        """Return what `block.compute` does: one call of the program that is traced, if any.
+        """Return what `node` does: one call of the program that is traced, if any.
 
         Parameters
         ----------
@@ -113,10 +114,11 @@ class Site:
         if told is not None:
             return called(self.node, told, tables, *_present([*inputs, *sums]))
         with torch.no_grad():
-            return called(self.compute, tables, *_present(inputs))
+            y, out, *found, _ = called(self.compute, tables, *_present(inputs))
+            return y, out, *found
 
     def node(self, told: list[Any], tables: tuple[Tensor, ...], *inputs: Tensor) -> tuple[Any, ...]:
-        """Return what `compute` does, y by a node of autograd.
+        """Return what `compute` does, but for rounded weights; y by a node of autograd.
 
         That is applied without what torch does for its transforms of functions: no kernel runs
         where one is active.
@@ -200,8 +202,8 @@ class Block(Function):
         *inputs: Tensor,
     ) -> tuple[Any, Any]:  # fmt: skip
         inputs = inputs[: site.nb_inputs]
-        y, out, *found = site.compute(tables, *inputs)
-        ctx.save_for_backward(*site.saved((*inputs, y)))
+        y, out, *found, w = site.compute(tables, *inputs)
+        ctx.save_for_backward(*site.saved((*inputs, y, w)))
         ctx.site, ctx.tables, ctx.told = site, site.saved_tables((*tables, *found)), told[0]
         ctx.set_materialize_grads(False)
         told[1].extend(found)

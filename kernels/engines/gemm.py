@@ -81,6 +81,29 @@ def transposed(
     return ops.conv_transposed(x, p, w, b, geometry, epilogue, residual)
 
 
+def transposed_bprop(
+    g: Tensor, x: Tensor, p: Prologue, w: Tensor, geometry: Geometry,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Return the gradients of z, w and b in `transposed` that are needed.
+
+    As of the convolution whose image is g, and the gradient of whose result is z.
+    """
+    dz = dw = db = None
+    if needs[1]:
+        dw, _ = wgrad(built(x, p, w.dtype), g, NOTHING, w, geometry, (True, False))
+    if needs[2]:
+        db = summed(g)
+    if needs[0]:
+        dz, _ = fprop(g, NOTHING, None, NOTHING, w, None, geometry)
+    return dz, dw, db
+
+
+def joins(g: Tensor) -> bool:
+    """Tell whether two images are read as one in the backward: they are not."""
+    return False
+
+
 def _operand(x: Tensor, p: Prologue, w: Tensor, geometry: Geometry) -> tuple[Tensor, Prologue]:
     """Return what the kernel reads, and what it applies while it loads.
 

@@ -1,7 +1,7 @@
 """Torch's convolutions (cuDNN's, on a GPU), in any geometry; passes build what they read.
 
-Two images are concatenated for the product, and nothing of that is kept. Backward, one is read
-after the other, so that no operand is ever as large as both.
+Two images are concatenated for the product, and nothing of that is kept. Backward, large ones are
+read one after the other, so that no operand is ever as large as both.
 """
 
 import torch
@@ -76,9 +76,34 @@ def wgrad(
     return library.conv_backward(g, z, w, geometry, (False, *needs))[1:]
 
 
+def joins(g: Tensor) -> bool:
+    """Tell whether two images are read as one in the backward: it is quicker, if they are small."""
+    return not torch.compiler.is_compiling() and g.numel() < LARGE
+
+
+def joined_bprop(
+    g: Tensor, x: Tensor, p: Prologue, x2: Tensor, p2: Prologue, w: Tensor, geometry: Geometry,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Return the gradients of z, z2 (those of both, or none), w and b that are needed."""
+    z = ops.concatenate(x, p, x2, p2, w.dtype)
+    dz, dw, db = library.conv_backward(g, z, w, geometry, needs)
+    one, two = (None, None) if dz is None else dz.split([x.shape[1], x2.shape[1]], 1)
+    return one, two, dw, db
+
+
 def transposed(
     x: Tensor, p: Prologue, w: Tensor, b: Tensor | None, geometry: Geometry,
     epilogue: Prologue = NOTHING, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Convolve z (N, K, *Y) by the adjoint: (N, C, *(Y stride))."""
     return library.conv_transposed(built(x, p, w.dtype), w, b, geometry, (0,) * (x.ndim - 2))
+
+
+def transposed_bprop(
+    g: Tensor, x: Tensor, p: Prologue, w: Tensor, geometry: Geometry,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Return the gradients of z, w and b in `transposed` that are needed."""
+    z = built(x, p if needs[1] else NOTHING, w.dtype)  # else for its shape and layout
+    return library.conv_transposed_backward(g, z, w, geometry, needs)
