@@ -55,13 +55,14 @@ class Case(NamedTuple):
     shape: tuple[int, ...]
     first: bool  # whether the image is that of a first layer, which needs no gradient
     plain: bool = False  # torch's own operators may be all there is to do
+    rounds: bool = False  # under autocast to bfloat16
 
 
-def _chain(order: str, norm: str | None) -> Case:
+def _chain(order: str, norm: str | None, rounds: bool = False) -> Case:
     lengths = (LONG, SHORT)
     return Case(
         lambda: [ConvGroup(3, 16, nb_conv=n, order=order, norm=norm) for n in lengths],
-        (1, 16, 2, 2, 2), False, plain=norm is None,
+        (1, 16, 2, 2, 2), False, plain=norm is None, rounds=rounds,
     )  # fmt: skip
 
 
@@ -73,12 +74,16 @@ CASES = {
     "UNet": Case(lambda: [UNet(2, [8] * 5, norm="instance")], (1, 8, 32, 32), True),
     "MeshNet": Case(lambda: [MeshNet(2, nb_features=16, norm="batch")], (1, 16, 2, 2), True),
 }
+CASES |= {f"cndax {norm} bf16": _chain("cndax", norm, True) for norm in ("instance", "batch")} | {
+    f"{name} bf16": CASES[name]._replace(rounds=True) for name in ("UNet", "MeshNet")
+}
 
 
 class Clock:
     """Times of calls in us, and what the last one launched, by (who, what, which network)."""
 
-    def __init__(self, launches: Callable[[], int]) -> None:
+    def __init__(self, launches: Callable[[], int], rounds: bool) -> None:
+        self._rounds = rounds  # by autocast
         self.times: dict[Key, list[float]] = defaultdict(list)
         self.launched: dict[Key, int] = {}
         self._launches = launches
@@ -89,10 +94,11 @@ class Clock:
             net.zero_grad()
             x.grad = None
             launched, start = self._launches(), time.thread_time_ns()
+            with torch.autocast("cpu", torch.bfloat16, enabled=self._rounds):
+                y = net(x)
             if key[1] == "step":
-                net(x).backward(g)
-            else:
-                net(x)  # which is freed at once, and that counts too
+                y.backward(g)
+            del y  # which is freed at once, and that counts too
             microseconds = (time.thread_time_ns() - start) / 1e3
             self.launched[key] = self._launches() - launched
             if repeat:
@@ -110,7 +116,8 @@ def measure(case: Case, engines: list[str], rounds: int, clock: Clock) -> dict[s
     nets = case.build()
     who = {"eager": [twins.plain(net) for net in nets], **dict.fromkeys(engines, nets)}
     x = torch.randn(case.shape, requires_grad=not case.first)
-    g = torch.ones_like(who["eager"][0](x))
+    with torch.autocast("cpu", torch.bfloat16, enabled=case.rounds):
+        g = torch.ones_like(who["eager"][0](x))
     for n in range(rounds + 1):
         for name, several in who.items():
             with _by(name):
@@ -199,7 +206,7 @@ def main() -> None:
             table = csv.writer(file)
             table.writerow(COLUMNS)
             for block in asked.block:
-                clock = Clock(driver.null_launches)
+                clock = Clock(driver.null_launches, CASES[block].rounds)
                 found = measure(CASES[block], asked.engine, asked.rounds, clock)
                 *eager, _ = found.pop("eager")
                 for engine, (*own, launches) in found.items():

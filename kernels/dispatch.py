@@ -27,11 +27,11 @@ from cassetta.kernels.machine import INTERPRET, is_interpreted
 BACKENDS = ("auto", "triton", "reference")
 ENVIRONMENT = "CASSETTA_BACKEND"
 
-SMALL = 2**25
+SMALL = 2**24
 """Images with fewer elements stay with plain PyTorch in "auto": there the host takes longer to
 start our kernels than the GPU to run those of plain PyTorch. On an H200 (bench/results: small.json)
-a step of a block of 32 channels with instance norm takes 3.5 ms, and plain PyTorch 1.9, where an
-image has 2^24 elements; 2.9 and 5.7 ms where it has 2^25.8."""
+a step of a block of 32 channels with instance norm takes 1.6 ms, and plain PyTorch 1.85, where an
+image has 2^24 elements; 1.4 and 1.2 ms where it has 2^22.8."""
 
 OLDEST = (8, 0)
 """The compute capability that a GPU needs at least: that of its tensor cores, and of `cp.async`."""

@@ -102,6 +102,17 @@ class Launch(NamedTuple):
             y = activations.apply_(y, steps.activation) if steps.word else y
         return Image(y)
 
+    def parameters(self, traces: bool) -> tuple[Tensor, Tensor | None, Any]:
+        """Return the weights, the bias, and between which dtypes the node is to round them.
+
+        Within the node, so that none of torch's is between it and the one before it; a compiler,
+        which needs no chains, rounds them itself.
+        """
+        kinds = self.weight.dtype, self.like.dtype
+        if traces or kinds[0] == kinds[1]:
+            return *self._rounded(), None
+        return self.weight, self.bias, kinds
+
     def _rounded(self) -> tuple[Tensor, Tensor | None]:
         """Return the parameters in the dtype of the product."""
         dtype = self.like.dtype
@@ -160,14 +171,8 @@ def _node(
     product = second = w = r = rounds = None
     epilogue, like, traces = NOTHING, x.x, torch.compiler.is_compiling()
     if launch is not None:
-        product, second, w, b, r = (
-            launch.product, launch.second, launch.weight, launch.bias, launch.residual,
-        )  # fmt: skip
-        epilogue, like = launch.epilogue, launch.like
-        if w.dtype != like.dtype and traces:
-            w, b = launch._rounded()
-        elif w.dtype != like.dtype:  # within the node: one less for each, and for the host
-            rounds = w.dtype, like.dtype
+        product, second, r = launch.product, launch.second, launch.residual
+        epilogue, like, (w, b, rounds) = launch.epilogue, launch.like, launch.parameters(traces)
     inputs = (x.x, None if second is None else second.x, w, b, r, *steps.parameters())
     wanted = [one for one in inputs if one is not None and one.requires_grad]
     is_node, norm = torch.is_grad_enabled() and len(wanted) > 0, steps.norm
