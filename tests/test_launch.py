@@ -251,6 +251,24 @@ def test_autocast_rounds_weights_within_the_node(norm, least, engine, monkeypatc
         assert (ours - truth).norm() <= 2 * (theirs - truth).norm() + 1e-3 * scale
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_autocast_rounds_parameters_of_two_dtypes(name, engine):
+    net = ConvGroup(2, 8, nb_conv=2, norm="instance", order="cndax")
+    for module in net:
+        one = getattr(module.conv, name)
+        setattr(module.conv, name, torch.nn.Parameter(one.detach().bfloat16()))
+    inp, found = torch.randn(2, 8, 9, 9), []
+    for context in dispatch.use_backend("reference"), dispatch.fused_on_reference():
+        with context, torch.autocast("cpu", torch.bfloat16):
+            out = net(inp)
+        net.zero_grad()
+        out.float().sum().backward()
+        found.append([out, *(p.grad for p in net.parameters())])
+    for theirs, ours in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours - theirs).norm() <= 0.05 * theirs.norm() + 0.05
+
+
 @pytest.mark.parametrize("activation", ["ReLU", "LeakyReLU", "ELU", "Tanh", "Sigmoid", None])
 @pytest.mark.parametrize("training", [True, False])
 def test_without_a_norm_torch_convolves_and_differentiates(activation, training):

@@ -279,6 +279,8 @@ def convolved(
     device, dtype = image.device.type, image.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
+        if bias is not None and weight.dtype == dtype != bias.dtype:  # the weights round both
+            bias = bias.to(dtype)
     elif weight.dtype != dtype:
         raise TypeError(
             f"inp is in {dtype}, but the weights are in {weight.dtype}: convert one of them, "
