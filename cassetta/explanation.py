@@ -4,13 +4,14 @@ A block is a `ConvBlock`, or a way down or up a level.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from cassetta.layers import fusing
+from cassetta.kernels import machine
+from cassetta.layers import fusing, repeated
 
 
 class Engine(NamedTuple):
@@ -24,10 +25,14 @@ class Engine(NamedTuple):
 
 
 class Explanation(Sequence[Engine]):
-    """A row per block, in the order of execution; prints as a table."""
+    """A row per block, in the order of execution; prints as a table.
 
-    def __init__(self, rows: list[Engine]) -> None:
-        self.rows = rows
+    Where kernels run, `programs` says of each module whose forward may be repeated as a program, by
+    its name, why it is not: "" if it is, and then nothing of those within.
+    """
+
+    def __init__(self, rows: list[Engine], programs: dict[str, str]) -> None:
+        self.rows, self.programs = rows, programs
 
     def __getitem__(self, index: Any) -> Any:
         return self.rows[index]
@@ -46,7 +51,11 @@ class Explanation(Sequence[Engine]):
             table.add_row(*row)
         text = io.StringIO()
         Console(file=text, width=160).print(table)
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+        lines = [line.rstrip() for line in text.getvalue().splitlines()]
+        if whole := [name for name, why in self.programs.items() if not why]:
+            lines.append(f"repeated as a program, from the third forward on: {', '.join(whole)}")
+        anew = ((name, why) for name, why in self.programs.items() if why)
+        return "\n".join([*lines, *(f"runs anew each time: {name} ({why})" for name, why in anew)])
 
 
 def explain(model: nn.Module, *inputs: Tensor) -> Explanation:
@@ -68,14 +77,29 @@ def explain(model: nn.Module, *inputs: Tensor) -> Explanation:
     Returns
     -------
     explanation : Explanation
-        Rows with `.name`, `.kind`, `.engine` (see `Engine`), `.reason` and `.evidence`.
+        Rows with `.name`, `.kind`, `.engine` (see `Engine`), `.reason` and `.evidence`; and
+        `.programs`.
     """
+    programs = dict(_programs(model, "", inputs[0])) if inputs else {}
     names = {module: name or type(module).__name__ for name, module in model.named_modules()}
     seen: dict[nn.Module, Engine] = {}
     for block, choice, *_ in watch(model, *inputs):
         name = names.get(block, type(block).__name__)
         seen.setdefault(block, Engine(name, type(block).__name__, *choice[:3]))
-    return Explanation(list(seen.values()))
+    return Explanation(list(seen.values()), programs)
+
+
+def _programs(module: nn.Module, name: str, image: Any) -> Iterator[tuple[str, str]]:
+    """Name the outermost modules whose forward may be repeated, and why they are not."""
+    if not isinstance(image, Tensor) or image.device.type != machine.kernels_on():
+        return
+    if repeated.may_be(module):
+        why = repeated.why_not(module, image)
+        yield name or type(module).__name__, why or ""
+        if why in (None, repeated.LOOKED_AT):
+            return
+    for child, within in module.named_children():
+        yield from _programs(within, f"{name}.{child}" if name else child, image)
 
 
 def watch(model: nn.Module, *inputs: Tensor) -> list[fusing.Ran]:

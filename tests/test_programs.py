@@ -11,8 +11,9 @@ import torch
 from test_recordings import NETS, assert_same, general, step
 from torch import nn
 
+import cassetta
 from cassetta.backbones import ConvDecoder, ConvEncoder, MeshNet, UNet
-from cassetta.functional import programs, sites
+from cassetta.functional import programs, recordings, sites
 from cassetta.kernels import dispatch, machine
 from cassetta.layers import ConvBlock, ConvGroup, DownPool, ModuleGroup, Resize, fusing, repeated
 from cassetta.models import SegNet
@@ -469,3 +470,49 @@ def test_a_site_without_a_recording(kernels, monkeypatch):
 
 def _refused(function, *given):
     raise sites.tape.Unrecordable("by this test")
+
+
+def test_explain_tells_what_is_repeated(kernels, traces):
+    """And of what is not, why; of what others wrote, by the modules within."""
+    net = UNet(1, 4, nb_levels=2).to(kernels)
+    image = torch.randn(2, 4, 16, device=kernels)
+    table = cassetta.explain(net, image)
+    assert table.programs == {"UNet": ""}
+    assert "repeated as a program, from the third forward on: UNet" in str(table)
+    both = nn.Sequential(net, ConvGroup(1, 4).to(kernels))
+    assert cassetta.explain(both, image).programs == {"0": "", "1": ""}
+    hook = net.encoder[1][0].register_forward_hook(lambda *arguments: None)
+    table = cassetta.explain(net, image)
+    why = "a hook is attached to its DownPool"
+    assert {name: found for name, found in table.programs.items() if found} == dict.fromkeys(
+        ("UNet", "encoder", "encoder.1"), why
+    )
+    assert table.programs["decoder"] == ""
+    assert f"runs anew each time: encoder.1 ({why})" in str(table)
+    hook.remove()
+    assert cassetta.explain(net, image).programs == {"UNet": ""}
+    assert traces == []
+
+
+def test_explain_tells_what_a_trace_found(kernels):
+    net = ConvEncoder(1, [2, 2], pool_mode="interpolate").to(kernels)
+    net[1][0][0] = Resize([0.5], interpolation="cubic")
+    image = torch.randn(1, 2, 8, device=kernels)
+    with torch.no_grad():
+        for n in range(3):
+            (why, *_) = cassetta.explain(net, image).programs.values()
+            assert (why == "") == (n < 2)
+            net(image)
+
+
+def test_explain_tells_who_looks(kernels, monkeypatch):
+    net, image = ConvGroup(1, 2), torch.randn(1, 2, 8, device=kernels)
+    monkeypatch.setattr(recordings, "_enabled", False)
+    (why,) = cassetta.explain(net.to(kernels), image).programs.values()
+    assert "forbids replays" in why
+
+
+def test_on_the_cpu_nothing_is_repeated():
+    if machine.kernels_on() == "cpu":
+        pytest.skip("kernels are interpreted on the CPU")
+    assert cassetta.explain(ConvGroup(1, 2), torch.randn(1, 2, 8)).programs == {}

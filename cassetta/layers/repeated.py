@@ -5,6 +5,7 @@ modules, the kinds of their parameters and the settings of the process are as th
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -21,7 +22,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 VARIANTS = 4
 """How many kinds of parameters are known at a time for a kind of image, such as frozen ones."""
 
-_SEEN, _NEVER = "seen", "never"
+LOOKED_AT = "somebody looks at operators, launches, modules or saved tensors, or forbids replays"
+"""Why nothing is repeated, whatever the module."""
+
+_SEEN = "seen"
+
+
+class _Refused(str):
+    """Why a forward has no program."""
+
+
+class _Variants(list[tuple[Callable[..., bool], Any]]):
+    """For kinds of parameters, a program, or why there is none, or that they were seen once."""
 
 
 def repeated(forward: F) -> F:
@@ -36,22 +48,46 @@ def repeated(forward: F) -> F:
         key = _key(images, options)
         variants = found.get(key)
         if variants is None:
-            variants = decisions.add(found, key, [])
+            variants = decisions.add(found, key, _Variants())
         for n, (are_alike, program) in enumerate(variants):
             if not are_alike(*tensors):
                 continue
             if program is _SEEN:
                 traced, out = _traced(forward, self, images, options, tensors)
-                variants[n] = are_alike, _NEVER if traced is None else traced
+                variants[n] = are_alike, traced
                 return out
-            return (
-                forward(self, *images, **options) if program is _NEVER else program(images, tensors)
-            )
+            if type(program) is _Refused:
+                return forward(self, *images, **options)
+            return program(images, tensors)
         if len({*map(id, tensors)}) == len(tensors):
             variants[:] = [*variants[1 - VARIANTS :], (recordings.alike(tensors), _SEEN)]
         return forward(self, *images, **options)
 
+    _forwards.add(whole)
     return whole  # type: ignore[return-value]
+
+
+_forwards: set[Any] = set()
+
+
+def may_be(module: nn.Module) -> bool:
+    """Tell whether the forward of a module is decorated."""
+    return type(module).forward in _forwards
+
+
+def why_not(module: nn.Module, image: Tensor) -> str | None:
+    """Explain in a sentence why no program repeats a module's forward; None if nothing is known.
+
+    Whether torch tells the host a value on the way, say, is known once it was traced, in the second
+    forward on a kind of image.
+    """
+    if not _may_repeat(module, (image,), {}):
+        return LOOKED_AT
+    if (why := _why_unknown(module)) is not None:
+        return why
+    found = [one for one in decisions.of(module).found.values() if type(one) is _Variants]
+    told = [one for _, one in itertools.chain.from_iterable(found)]
+    return str(told[-1]) if told and type(told[-1]) is _Refused else None
 
 
 def _may_repeat(module: nn.Module, images: tuple[Any, ...], options: dict[str, Any]) -> bool:
@@ -92,20 +128,23 @@ def _key(images: tuple[Tensor, ...], options: dict[str, Any]) -> Any:
 
 def _traced(
     forward: Callable[..., Any], module: nn.Module, images: Any, options: Any, tensors: Any
-) -> tuple[programs.Program | None, Any]:
-    """Return the program of a forward, or None, and what it returned now."""
-    if not _is_ours(module):
-        return None, forward(module, *images, **options)
+) -> tuple[programs.Program | _Refused, Any]:
+    """Return the program of a forward, or why there is none, and what it returned now."""
+    if (why := _why_unknown(module)) is not None:
+        return _Refused(why), forward(module, *images, **options)
     with programs.Trace(images, tensors) as trace:
         out = forward(module, *images, **options)
-    return trace.program(out, chains.joined), out
+    program = trace.program(out, chains.joined)
+    return _Refused(trace.why) if program is None else program, out
 
 
-def _is_ours(module: nn.Module) -> bool:
-    """Tell whether it is known what a module and those within do, beside calling torch."""
+def _why_unknown(module: nn.Module) -> str | None:
+    """Explain in a sentence why nobody knows what a module does, beside calling torch."""
     first, *within = module.modules()
-    ours = all(_is_known(type(one)) for one in (first, *within))
-    return ours and fusing.why_hooked(within) is None
+    for one in first, *within:
+        if not _is_known(type(one)):
+            return f"it is unknown what its {type(one).__name__} depends on"
+    return fusing.why_hooked(within)
 
 
 def _is_known(kind: type[nn.Module]) -> bool:
