@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cassetta.kernels import configs, evidence, library, machine, ops, records, reference
+from cassetta.kernels import configs, evidence, layout, library, machine, ops, records, reference
 from cassetta.kernels.machine import INTERPRET, is_interpreted
 
 BACKENDS = ("auto", "triton", "reference")
@@ -32,6 +32,12 @@ SMALL = 2**24
 start our kernels than the GPU to run those of plain PyTorch. On an H200 (bench/results: small.json)
 a step of a block of 32 channels with instance norm takes 1.6 ms, and plain PyTorch 1.85, where an
 image has 2^24 elements; 1.4 and 1.2 ms where it has 2^22.8."""
+
+ODD, ODD_ON = "gemm", (9, 0)
+"""The engine, and on which compute capability, of training on images whose channels are last and
+fill no words of 16 bytes, by convolutions of 27 taps or more. On an H200 (bench/results) a step of
+MeshNet, 21 channels, takes 420 ms by it, 472 by `DEFAULT`, and 455 in plain PyTorch; a single block
+without dilation 38.8, 38.2 and 99.6."""
 
 OLDEST = (8, 0)
 """The compute capability that a GPU needs at least: that of its tensor cores, and of `cp.async`."""
@@ -46,6 +52,14 @@ DEFAULT = "library"
 
 class BackendError(RuntimeError):
     """The requested backend cannot run here; the message says why and what to do."""
+
+
+class Use(NamedTuple):
+    """What a rule asks about a convolution, beside its image."""
+
+    taps: int
+    is_last: bool  # the channels of the image are last in memory
+    training: bool
 
 
 class Choice(NamedTuple):
@@ -127,8 +141,9 @@ def use_engine(name: str) -> Iterator[None]:
 
 
 def choose(
-    x: Tensor, why: str | None, key: Callable[[], str], lacks: Mapping[str, str | None]
-) -> Choice:
+    x: Tensor, why: str | None, key: Callable[[], str], lacks: Mapping[str, str | None],
+    use: Use | None = None,
+) -> Choice:  # fmt: skip
     """Who runs a block on the image x.
 
     Parameters
@@ -139,6 +154,8 @@ def choose(
         Names the block and the image, for the table of what was measured.
     lacks : dict
         Why each engine that there is has no kernel for the block, or None if it has.
+    use : Use, optional
+        How the block convolves, if it does.
     """
     found = _without_measurement(x, why)
     if found is not None and (lack := lacks.get(found.engine, "there is no such engine")):
@@ -149,7 +166,11 @@ def choose(
         if record is not None and lacks.get(record.choice, "") is None:
             reason = "measured to be the fastest" if record.choice == "reference" else ""
             found = Choice(record.choice, reason, record.evidence, True)
-    return found or _by_rule(x)
+    if found is not None:
+        return found
+    found = _by_rule(x)
+    is_odd = use is not None and found.engine == DEFAULT and _is_odd(x, use)
+    return Choice(ODD, *found[1:]) if is_odd and lacks.get(ODD, "") is None else found
 
 
 def settings() -> tuple[Any, ...]:
@@ -177,6 +198,12 @@ def _by_rule(x: Tensor) -> Choice:
         return Choice(DEFAULT, "", rule, True)
     small = f"so small an image ({tuple(x.shape)}) is no slower in plain PyTorch"
     return Choice("reference", small, rule, True)
+
+
+def _is_odd(x: Tensor, use: Use) -> bool:
+    """Tell whether `ODD` is for this."""
+    asked = use.training and use.is_last and use.taps >= 27 and x.shape[1] % layout.WORD > 0
+    return asked and machine.is_gpu(x.device) and machine.capability(x.device) == ODD_ON
 
 
 def why_no_triton() -> str | None:

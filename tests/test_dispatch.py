@@ -1,5 +1,7 @@
 """The choice of a backend, and its reasons."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,11 +10,12 @@ from cassetta.kernels import (
     BackendError,
     backend,
     dispatch,
+    evidence,
     library,
     machine,
     why_reference,
 )
-from cassetta.layers import Conv
+from cassetta.layers import Conv, ConvBlock, DownConv
 
 
 def test_the_default_is_auto_and_says_why_it_runs_the_reference():
@@ -139,3 +142,37 @@ def test_other_kinds_of_tensor_and_transforms_stay_with_torch(monkeypatch):
         torch.vmap(lambda x: reasons.append(why_reference(x)) or x)(torch.ones(2, 1, 4))
         assert "torch.func" in reasons[0]
     assert why_reference(torch.ones(1, 1, 4)) == "the image is on the CPU"
+
+
+def test_the_rule_for_odd_channels(monkeypatch, gpu):
+    """On 9.0, channels last that fill no words go to our own convolutions in training (`ODD`)."""
+    monkeypatch.setattr(dispatch, "PLAIN", (Image,))
+    monkeypatch.setattr(evidence, "table", lambda device: SimpleNamespace(records={}))
+
+    def engine(taps=27, is_last=True, training=True, channels=21, lacks=None, use=True, size=2**25):
+        image = Image(torch.bfloat16, size=size)
+        image.shape = (1, channels, size // channels)
+        about = dispatch.Use(taps, is_last, training) if use else None
+        lacking = {"library": None, "gemm": lacks, "reference": None}
+        return dispatch.choose(image, None, lambda: "", lacking, about).engine
+
+    assert engine() == "gemm"
+    assert engine(is_last=False) == engine(training=False) == engine(taps=9) == "library"
+    assert engine(channels=24) == engine(lacks="no kernel") == engine(use=False) == "library"
+    assert engine(size=100) == "reference"
+    with dispatch.use_engine("library"):
+        assert engine() == "library"
+    gpu[0] = (8, 0)
+    assert engine() == "library"
+
+
+def test_what_rules_are_told_of_a_block(monkeypatch):
+    told, choose = [], dispatch.choose
+    monkeypatch.setattr(dispatch, "choose", lambda *given: told.append(given[-1]) or choose(*given))
+    block, image = ConvBlock(3, 4, 4), torch.randn(1, 4, 5, 5, 5)
+    block(image)
+    cassetta.explain(block.eval(), image.contiguous(memory_format=torch.channels_last_3d))
+    with torch.no_grad():
+        DownConv(3, 4, 4)(image)
+    expected = (27, False, True), (27, True, False), (0, False, False)
+    assert told == [*expected]

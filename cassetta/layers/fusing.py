@@ -5,6 +5,7 @@ Containers call it where nobody can tell the difference: where the module is as 
 carries no hook. Any other module meets tensors, as always.
 """
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -121,12 +122,12 @@ def choose(block: nn.Module, layers: dict[str, nn.Module | None], x: Deferred) -
         Modules by letter: n norm, c conv, d dropout, a activation, x attention; in their order.
     """
     why = _why_plain(block, layers, x)
-    found = lacks(layers["c"])
-    what = lambda: ", ".join(words(layers))  # noqa: E731
+    found, what = lacks(layers["c"]), lambda: ", ".join(words(layers))
     if why is None and process_group(layers.get("n")) is not None:
         choice = Choice(dispatch.DEFAULT, "", "torch's own SyncBatchNorm is for GPUs only")
         return _told(block, choice, x, what, found)
-    return choose_for(block, x, what, why, found)
+    taps = math.prod(layers["c"].kernel_size) if isinstance(layers["c"], Conv) else 0
+    return choose_for(block, x, what, why, found, taps)
 
 
 def lacks(conv: nn.Module | None, convolves: bool = True) -> dict[str, str | None]:
@@ -147,14 +148,15 @@ def lacks(conv: nn.Module | None, convolves: bool = True) -> dict[str, str | Non
 
 def choose_for(
     module: nn.Module, x: Deferred, what: Callable[[], str], why: str | None,
-    lacks: Mapping[str, str | None],
+    lacks: Mapping[str, str | None], taps: int = 0,
 ) -> Choice:  # fmt: skip
     """Choose an engine, which must lack nothing, for a module on x; with a reason `why`, none.
 
-    `what` tells what the module does: it is called only if the table of what was measured is
-    looked into, or somebody listens.
+    `what` tells what it does: it is called only if the table of what was measured is looked into,
+    or somebody listens. `taps` are those of a block's convolution.
     """
-    choice = dispatch.choose(x.image, why, lambda: key(what(), x), lacks)
+    use = dispatch.Use(taps, x.parts[0].is_last, _is_training())
+    choice = dispatch.choose(x.image, why, lambda: key(what(), x), lacks, use)
     return _told(module, choice, x, what, lacks)
 
 
@@ -204,9 +206,13 @@ def key(what: str, x: Deferred) -> str:
     device = image.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else ""
     kind = f"{'last' if last else 'first'} {image.dtype} {dtype}".replace("torch.", "").strip()
-    training = torch.is_grad_enabled() if _listener.training is None else _listener.training
-    use = "training" if training else "inference"
+    use = "training" if _is_training() else "inference"
     return f"{'x'.join(map(str, (n, channels, *size)))} {kind}, {what}, {use}"
+
+
+def _is_training() -> bool:
+    """Tell whether gradients are asked for; while somebody listens, whether the network trains."""
+    return torch.is_grad_enabled() if _listener.training is None else _listener.training
 
 
 def _why_plain(block: nn.Module, layers: dict[str, nn.Module | None], x: Deferred) -> str | None:
