@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 from cassetta.kernels import machine
 from cassetta.kernels.tape import Call, Changed, Entry, Function, Start, Tape, Unrecordable, form
 
-_QUICKER = {  # than through the overload
-    torch.ops.aten.convolution.default: torch.convolution,
-    torch.ops.aten._to_copy.default: lambda x, dtype: x.to(dtype),
+_QUICKER = {  # than through the overload, with these options
+    (torch.ops.aten.convolution.default, ()): torch.convolution,
+    (torch.ops.aten._to_copy.default, ("dtype",)): lambda x, dtype: x.to(dtype, copy=True),
 }
 _SHARED = 2**20
 """Bytes up to which a temporary shares an allocation."""
@@ -155,7 +155,7 @@ class _Writer:
         func = step.operator
         given = [*map(self._argument, step.args)]
         given += [f"{key}={self._argument(value)}" for key, value in step.kwargs.items()]
-        quick = _QUICKER.get(func, func) if {*step.kwargs} <= {"dtype"} else func
+        quick = _QUICKER.get((func, (*step.kwargs,)), func)
         call = f"{self._constant(quick)}({', '.join(given)})"
         if func._schema.is_mutable:  # what is changed has its name
             self.lines.append(call)

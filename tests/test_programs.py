@@ -505,6 +505,37 @@ def test_explain_tells_what_a_trace_found(kernels):
             net(image)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_explain_tells_what_cannot_be_repeated(kernels):
+    image = torch.randn(2, 4, 12, device=kernels)
+    tied = ConvGroup(1, 4, nb_conv=2).to(kernels)
+    tied[1].conv.weight = tied[0].conv.weight
+    assert cassetta.explain(tied, image).programs["ConvGroup"] == (
+        "a parameter or buffer is in two places"
+    )
+    scripted = torch.jit.script(nn.Sequential(nn.Identity()))
+    beside = nn.Sequential(ConvGroup(1, 4), scripted).to(kernels)
+    assert cassetta.explain(beside, image).programs == {"0": ""}
+    within = ConvGroup(1, 4).to(kernels)
+    within.append(scripted)
+    assert (
+        "unknown what its RecursiveScriptModule"
+        in (cassetta.explain(within, image).programs["ConvGroup"])
+    )
+
+
+def test_explain_tells_of_the_image_that_is_asked_about(kernels):
+    """Not of another kind, which was refused later, or alone was traced."""
+    group = ConvGroup(1, 4).to(kernels)
+    good, bad = (torch.randn(n, 4, 8, device=kernels) for n in (1, 2))
+    for _ in range(3):
+        group(good)
+    refused = repeated._Variants([(lambda *tensors: True, repeated._Refused("it was so"))])
+    repeated.decisions.of(group).found[repeated._key((bad,), {})] = refused
+    assert cassetta.explain(group, good).programs == {"ConvGroup": ""}
+    assert cassetta.explain(group, bad).programs["ConvGroup"] == "it was so"
+
+
 def test_explain_tells_who_looks(kernels, monkeypatch):
     net, image = ConvGroup(1, 2), torch.randn(1, 2, 8, device=kernels)
     monkeypatch.setattr(recordings, "_enabled", False)

@@ -449,3 +449,13 @@ def test_tensors_are_of_one_kind(old, monkeypatch):
     assert not same(second, second)
     with torch.inference_mode():
         assert not are_alike(*pair)
+
+
+def test_a_copy_of_its_own_dtype_is_a_copy(kernels):
+    """By whatever way that is quicker than ATen's operator."""
+    x = torch.randn(2, 4, 8, device=kernels)
+    again, _ = replay.record(lambda x: (x.to(x.dtype, copy=True), x.to(torch.float16)), x)
+    same, rounded = again(x)
+    assert same.data_ptr() != x.data_ptr()
+    torch.testing.assert_close(same, x, rtol=0, atol=0)
+    torch.testing.assert_close(rounded, x.half(), rtol=0, atol=0)

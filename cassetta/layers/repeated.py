@@ -22,7 +22,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 VARIANTS = 4
 """How many kinds of parameters are known at a time for a kind of image, such as frozen ones."""
 
-LOOKED_AT = "somebody looks at operators, launches, modules or saved tensors, or forbids replays"
+LOOKED_AT = (
+    "no kernel takes such an image, or somebody looks at operators, launches, modules or saved "
+    "tensors, or forbids replays"
+)
 """Why nothing is repeated, whatever the module."""
 
 _SEEN = "seen"
@@ -72,7 +75,7 @@ _forwards: set[Any] = set()
 
 def may_be(module: nn.Module) -> bool:
     """Tell whether the forward of a module is decorated."""
-    return type(module).forward in _forwards
+    return getattr(type(module), "forward", None) in _forwards
 
 
 def why_not(module: nn.Module, image: Tensor) -> str | None:
@@ -85,9 +88,15 @@ def why_not(module: nn.Module, image: Tensor) -> str | None:
         return LOOKED_AT
     if (why := _why_unknown(module)) is not None:
         return why
-    found = [one for one in decisions.of(module).found.values() if type(one) is _Variants]
-    told = [one for _, one in itertools.chain.from_iterable(found)]
-    return str(told[-1]) if told and type(told[-1]) is _Refused else None
+    known = decisions.of(module)
+    tensors = known.tensors()
+    if len({*map(id, tensors)}) < len(tensors):
+        return "a parameter or buffer is in two places"
+    own = known.found.get(_key((image,), {}))  # not of modules within, which get other images
+    several = [own] if own else [one for one in known.found.values() if type(one) is _Variants]
+    told = [one for _, one in itertools.chain.from_iterable(several)]
+    refused = [str(one) for one in told if type(one) is _Refused]
+    return refused[-1] if refused and len(refused) == len(told) else None
 
 
 def _may_repeat(module: nn.Module, images: tuple[Any, ...], options: dict[str, Any]) -> bool:
@@ -148,5 +157,7 @@ def _why_unknown(module: nn.Module) -> str | None:
 
 
 def _is_known(kind: type[nn.Module]) -> bool:
+    if issubclass(kind, torch.jit.ScriptModule):  # whose class has no `forward` to ask
+        return False
     homes = kind.__module__, kind.forward.__module__
     return all(home.startswith(("cassetta.", "torch.nn.modules.")) for home in homes)
