@@ -114,9 +114,11 @@ class Launch(NamedTuple):
         return self.weight, self.bias, kinds
 
     def _rounded(self) -> tuple[Tensor, Tensor | None]:
-        """Return the parameters in the dtype of the product."""
-        dtype = self.like.dtype
-        return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+        """Return the parameters in the dtype of the product; `to` would be a call of a program."""
+        dtype, bias = self.like.dtype, self.bias
+        if self.weight.dtype == dtype:
+            return self.weight, bias
+        return self.weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def _fuses(self) -> bool:
         return ENGINES[self.product.engine].FUSES
