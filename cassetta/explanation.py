@@ -54,8 +54,10 @@ class Explanation(Sequence[Engine]):
         lines = [line.rstrip() for line in text.getvalue().splitlines()]
         if whole := [name for name, why in self.programs.items() if not why]:
             lines.append(f"repeated as a program, from the third forward on: {', '.join(whole)}")
-        anew = ((name, why) for name, why in self.programs.items() if why)
-        return "\n".join([*lines, *(f"runs anew each time: {name} ({why})" for name, why in anew)])
+        for name, why in self.programs.items():
+            if why:
+                lines.append(f"runs anew each time: {name} ({why})")
+        return "\n".join(lines)
 
 
 def explain(model: nn.Module, *inputs: Tensor) -> Explanation:
@@ -80,7 +82,9 @@ def explain(model: nn.Module, *inputs: Tensor) -> Explanation:
         Rows with `.name`, `.kind`, `.engine` (see `Engine`), `.reason` and `.evidence`; and
         `.programs`.
     """
-    programs = dict(_programs(model, "", inputs[0])) if inputs else {}
+    programs: dict[str, str] = {}
+    if inputs and inputs[0].device.type == machine.kernels_on():
+        programs |= _programs(model, "", inputs[0])
     names = {module: name or type(module).__name__ for name, module in model.named_modules()}
     seen: dict[nn.Module, Engine] = {}
     for block, choice, *_ in watch(model, *inputs):
@@ -89,10 +93,8 @@ def explain(model: nn.Module, *inputs: Tensor) -> Explanation:
     return Explanation(list(seen.values()), programs)
 
 
-def _programs(module: nn.Module, name: str, image: Any) -> Iterator[tuple[str, str]]:
+def _programs(module: nn.Module, name: str, image: Tensor) -> Iterator[tuple[str, str]]:
     """Name the outermost modules whose forward may be repeated, and why they are not."""
-    if not isinstance(image, Tensor) or image.device.type != machine.kernels_on():
-        return
     if repeated.may_be(module):
         why = repeated.why_not(module, image)
         yield name or type(module).__name__, why or ""

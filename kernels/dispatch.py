@@ -201,7 +201,7 @@ def _by_rule(x: Tensor) -> Choice:
 
 
 def _is_odd(x: Tensor, use: Use) -> bool:
-    """Tell whether `ODD` is for this."""
+    """Tell whether the rule of `ODD` applies."""
     asked = use.training and use.is_last and use.taps >= 27 and x.shape[1] % layout.WORD > 0
     return asked and machine.is_gpu(x.device) and machine.capability(x.device) == ODD_ON
 

@@ -45,6 +45,18 @@ def assert_gradients(module: nn.Module, inp: Tensor) -> None:
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
 
 
+def graph(last: Tensor) -> list[str]:
+    """List the nodes of autograd before a tensor, by the names of their classes."""
+    seen: set[Any] = set()
+    left = [last.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [before for before, _ in node.next_functions]
+    return sorted(type(node).__name__ for node in seen)
+
+
 class Counted(TorchDispatchMode):
     """The operators that run, with their arguments."""
 

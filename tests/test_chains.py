@@ -12,6 +12,8 @@ from cassetta.backbones import MeshNet
 from cassetta.functional import chains, sites
 from cassetta.layers import ConvGroup
 
+from compare import graph
+
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 ROUNDS = 4
 """By the general path, traced, by the program, by its replays."""
@@ -19,14 +21,7 @@ ROUNDS = 4
 
 def nodes(last):
     """The names of the nodes of ours before a tensor."""
-    seen, left = set(), [last.grad_fn]
-    while left:
-        node = left.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            left += [before for before, _ in node.next_functions]
-    own = ("ChainedBackward", "BlockBackward")
-    return sorted(name for node in seen for name in own if type(node).__name__ == name)
+    return [name for name in graph(last) if name in ("ChainedBackward", "BlockBackward")]
 
 
 @pytest.mark.parametrize("nb", [1, 2, chains.LENGTH, chains.LENGTH + 1])

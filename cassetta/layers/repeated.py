@@ -29,6 +29,7 @@ LOOKED_AT = (
 """Why nothing is repeated, whatever the module."""
 
 _SEEN = "seen"
+_forwards: set[Any] = set()  # that are decorated
 
 
 class _Refused(str):
@@ -62,15 +63,12 @@ def repeated(forward: F) -> F:
             if type(program) is _Refused:
                 return forward(self, *images, **options)
             return program(images, tensors)
-        if len({*map(id, tensors)}) == len(tensors):
+        if not _share(tensors):
             variants[:] = [*variants[1 - VARIANTS :], (recordings.alike(tensors), _SEEN)]
         return forward(self, *images, **options)
 
     _forwards.add(whole)
     return whole  # type: ignore[return-value]
-
-
-_forwards: set[Any] = set()
 
 
 def may_be(module: nn.Module) -> bool:
@@ -89,14 +87,18 @@ def why_not(module: nn.Module, image: Tensor) -> str | None:
     if (why := _why_unknown(module)) is not None:
         return why
     known = decisions.of(module)
-    tensors = known.tensors()
-    if len({*map(id, tensors)}) < len(tensors):
+    if _share(known.tensors()):
         return "a parameter or buffer is in two places"
     own = known.found.get(_key((image,), {}))  # not of modules within, which get other images
     several = [own] if own else [one for one in known.found.values() if type(one) is _Variants]
     told = [one for _, one in itertools.chain.from_iterable(several)]
     refused = [str(one) for one in told if type(one) is _Refused]
     return refused[-1] if refused and len(refused) == len(told) else None
+
+
+def _share(tensors: list[Tensor]) -> bool:
+    """Tell whether one tensor is in two places: of these no program can tell which is meant."""
+    return len({*map(id, tensors)}) < len(tensors)
 
 
 def _may_repeat(module: nn.Module, images: tuple[Any, ...], options: dict[str, Any]) -> bool:
@@ -148,7 +150,7 @@ def _traced(
 
 
 def _why_unknown(module: nn.Module) -> str | None:
-    """Explain in a sentence why nobody knows what a module does, beside calling torch."""
+    """Explain in a sentence why it is unknown what a module does beside calling torch, if it is."""
     first, *within = module.modules()
     for one in first, *within:
         if not _is_known(type(one)):

@@ -78,7 +78,7 @@ def wgrad(
 
 def joins(g: Tensor) -> bool:
     """Tell whether two images are read as one in the backward: it is quicker, if they are small."""
-    return not torch.compiler.is_compiling() and g.numel() < LARGE
+    return not (torch.compiler.is_compiling() or _is_large(g))
 
 
 def joined_bprop(
