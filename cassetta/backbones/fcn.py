@@ -126,10 +126,9 @@ class ConvEncoder(LoadableMixin, Chain):
         """`forward` of what x stands for; what leaves each level is also put into the list."""
         self.check_image(x.image)
         for level in self:
-            x = fusing.run(level, x)  # type: ignore[assignment]
+            x = defer(fusing.deferred_call(level)(x))
             if outputs is not None:
-                x = defer(x).kept()
-                outputs.append(x)
+                outputs.append(x.kept())
         return x
 
     def check_image(self, inp: Tensor) -> None:
@@ -257,7 +256,7 @@ class ConvDecoder(LoadableMixin, Chain):
         """`forward` of what these stand for; what leaves each level is also put into the list."""
         self._check(x, skips)
         for n, level in enumerate(listed(self)):
-            x = fusing.run(level, x, *skips[n : n + 1])  # type: ignore[assignment]
+            x = defer(fusing.deferred_call(level)(x, *skips[n : n + 1]))
             if outputs is not None:
                 outputs.append(x)
         return x

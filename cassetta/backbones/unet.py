@@ -152,22 +152,18 @@ class UNet(LoadableMixin, nn.Module):
         ValueError
             If the image is too small to be divided by `pool_factor` at every level.
         """
-        if not return_all:
-            return materialize(self.defer(defer(inp)))
-        return self.decoder(*map(materialize, self._encoded(defer(inp))), return_all=True)
+        out = self.defer(defer(inp), return_all)
+        return out if return_all else materialize(out)
 
-    def defer(self, x: Deferred) -> Any:
+    def defer(self, x: Deferred, return_all: bool = False) -> Any:
         """`forward` of what x stands for; no skip connection need be computed on the way."""
-        return fusing.run(self.decoder, *self._encoded(x))
-
-    def _encoded(self, x: Deferred) -> list[Any]:
-        """What the decoder takes: what leaves each level of the encoder, the coarsest first."""
-        encoder = self.encoder
+        encoder, levels = self.encoder, []  # what the decoder takes, the finest first
         if not self.skip:
-            return [fusing.run(encoder, x)]
-        levels: list[Any] = []
-        if fusing.defers(encoder):
+            levels.append(defer(fusing.deferred_call(encoder)(x)))
+        elif fusing.defers(encoder):
             encoder.defer(x, levels)
         else:
-            levels.extend(encoder(x.z(), return_all=True))
-        return levels[::-1]
+            levels.extend(map(defer, encoder(x.z(), return_all=True)))
+        if return_all:
+            return self.decoder(*map(materialize, levels[::-1]), return_all=True)
+        return fusing.deferred_call(self.decoder)(*levels[::-1])

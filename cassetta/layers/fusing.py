@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from cassetta.functional import Deferred, Normalization, Pool, Running, defer, materialize
+from cassetta.functional import Deferred, Normalization, Pool, Running, materialize
 from cassetta.kernels import dispatch
 from cassetta.kernels.dispatch import Choice
 from cassetta.kernels.types import Moments
@@ -59,31 +59,26 @@ class _Listener(threading.local):
 _listener = _Listener()
 
 
-def run(module: nn.Module, x: Tensor | Deferred, *skips: Tensor | Deferred) -> Tensor | Deferred:
-    """What the module makes of x, pending transforms and all if it can hand them on."""
+def deferred_call(module: nn.Module) -> Callable[..., Any]:
+    """Return what calls the module on `Deferred` images: it takes and returns them if it can."""
     if defers(module):
-        return module.defer(defer(x), *map(defer, skips))  # type: ignore[operator]
-    return module(materialize(x), *map(materialize, skips))
+        return module.defer  # type: ignore[return-value]
+    return lambda *images: module(*map(materialize, images))
 
 
-Steps = Sequence[Callable[[Deferred], Deferred]]
+Steps = Sequence[Callable[[Deferred], Any]]
 
 
 def steps(module: nn.Module, x: Deferred) -> Steps:
-    """Return what the module does to x, step by step: `run` in parts, while nothing changes.
+    """Return what the module does to x, step by step, while nothing changes.
 
     Within `listening`, the only step is the module's own `defer`, so that the stack of calls shows
     which module computes.
     """
-    if not defers(module):
-        return [lambda x: defer(module(materialize(x)))]
-    is_whole = is_observed() or not hasattr(type(module), "deferred_steps")
-    return [module.defer] if is_whole else module.deferred_steps(x)  # type: ignore
-
-
-def run_as_written(module: nn.Module, x: Tensor | Deferred) -> Tensor:
-    """`run`, with a tensor in the end."""
-    return materialize(run(module, x))
+    has_steps = hasattr(type(module), "deferred_steps") and defers(module)
+    if is_observed() or not has_steps:
+        return [deferred_call(module)]
+    return module.deferred_steps(x)  # type: ignore[operator]
 
 
 class Ran(NamedTuple):

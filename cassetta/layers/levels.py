@@ -65,7 +65,8 @@ class DownGroup(Chain):
         if self.return_indices:
             return self.forward(x.z())
         down, block = listed(self)
-        return defer(fusing.run(block, fusing.run(down, x)))
+        x = defer(fusing.deferred_call(down)(x))
+        return defer(fusing.deferred_call(block)(x))
 
 
 class DownConvGroup(DownGroup):
@@ -176,12 +177,12 @@ class UpGroup(Chain):
         elif skips and isinstance(up, Level) and fusing.defers(up):
             out = up.defer(x, skips[0].shape[2:])
         else:
-            out = defer(fusing.run(up, x))
+            out = defer(fusing.deferred_call(up)(x))
         if skips:
             if not isinstance(up, Level):
                 self._check_skips(skips, out.shape, (2,) * (len(out.shape) - 2))
             out = self._met(out, skips)
-        return defer(fusing.run(block, out))
+        return defer(fusing.deferred_call(block)(out))
 
     def _met(self, out: Deferred, skips: Sequence[Deferred]) -> Deferred:
         """The upsampled image and the skip connections, side by side or added."""

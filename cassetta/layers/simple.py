@@ -120,7 +120,7 @@ class ModuleSum(nn.ModuleList):
         for module in self:
             # before the next module works, which may change its input in place
             before = None if total is None else total.z()
-            total = defer(fusing.run(module, x))
+            total = defer(fusing.deferred_call(module)(x))
             if before is not None and before.shape != total.shape:
                 raise ValueError(
                     f"the modules return different shapes, {tuple(before.shape)} and "
@@ -218,38 +218,30 @@ class ModuleGroup(Chain):
         if not return_all:
             return materialize(self.defer(defer(inp)))
         outputs: list[Tensor] = []
-        for module in self:
-            x = defer(outputs[-1] if outputs else inp)
-            skip = 0 if outputs else self.skip
-            outputs.append(materialize(self._passed(x, fusing.steps(module, x), skip)))
+        self.defer(defer(inp), outputs)
         return tuple(outputs)
 
-    def defer(self, x: Deferred) -> Deferred:
-        """`forward` of what x stands for, which need not be computed on the way."""
-        outputs: list[Any] = []
-
-        def decide(x: Any) -> Any:  # what each module does, which is known once it has come to it
-            found, skip = [], self.skip
-            for module in self:
-                steps = fusing.steps(module, x)
-                x, skip = self._passed(x, steps, skip), 0
-                found.append(steps)
-            outputs.append(x)
-            return found
-
-        found, skip = recalled(self, x, decide), self.skip
-        if outputs:
-            return outputs[0]
-        for steps in found:
-            x, skip = self._passed(x, steps, skip), 0
+    def defer(self, x: Deferred, outputs: list[Tensor] | None = None) -> Deferred:
+        """`forward` of what x stands for; what leaves each module is also put into the list."""
+        # of each module, its steps: they are known once it has come to it
+        known: dict[int, fusing.Steps] = {} if outputs is not None else recalled(self, x, _no_steps)
+        for n, module in enumerate(self):
+            before = x.kept() if self.residual else x
+            steps = known.get(n)
+            if steps is None:
+                steps = known[n] = fusing.steps(module, x)
+            for step in steps:
+                x = defer(step(x))
+            if self.residual:
+                x = x.plus(_matching(before, x, 0 if n else self.skip))
+            if outputs is not None:
+                outputs.append(x.z())
+                x = defer(outputs[-1])
         return x
 
-    def _passed(self, x: Deferred, steps: fusing.Steps, skip: int) -> Deferred:
-        """Apply the steps of one module to x, and its residual connection if there is one."""
-        before = x.kept() if self.residual else x
-        for step in steps:
-            x = step(x)
-        return x.plus(_matching(before, x, skip)) if self.residual else x
+
+def _no_steps(x: Deferred) -> dict[int, fusing.Steps]:
+    return {}
 
 
 def _matching(x: Deferred, out: Deferred, skip: int) -> Tensor:

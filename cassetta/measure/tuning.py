@@ -199,7 +199,7 @@ class _Block(nn.Module):
         x = functional.defer(images[0])
         if len(images) > 1:
             x = functional.join(x, *map(functional.defer, images[1:]))
-        return fusing.run_as_written(self.block, x)
+        return functional.materialize(fusing.deferred_call(self.block)(x))
 
 
 def _tune_passes(

@@ -8,7 +8,7 @@ from cassetta import backbones
 from cassetta.backbones.presets import find_preset
 from cassetta.core import check
 from cassetta.core.typing import ActivationType, OneOrSeveral
-from cassetta.functional import Deferred, materialize
+from cassetta.functional import defer
 from cassetta.io.loadable import LoadableMixin
 from cassetta.layers import ConvBlock, fusing
 from cassetta.layers.repeated import repeated
@@ -122,17 +122,20 @@ class SegNet(LoadableMixin, Chain):
             If the image has other dimensions or channels, or is too small for the backbone.
         """
         self._check(inp)
-        out: Tensor | Deferred = inp
+        out = defer(inp)
         for part in self:
-            out = fusing.run(part, out)
-        return materialize(out)
+            out = defer(fusing.deferred_call(part)(out))
+        return out.z()
 
     def predict_logits(self, inp: Tensor) -> Tensor:
         """(B, inp_channels, *size) -> (B, out_channels, *size), before the last activation"""
         self._check(inp)
         features, backbone, head = listed(self)
         last = head.conv if isinstance(head, ConvBlock) else head
-        return last(fusing.run_as_written(backbone, fusing.run(features, inp)))
+        out = defer(inp)
+        for part in features, backbone:
+            out = defer(fusing.deferred_call(part)(out))
+        return last(out.z())
 
     def _check(self, inp: Tensor) -> None:
         """Refuse what some part could not work with, before the first one has worked."""
