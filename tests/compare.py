@@ -45,8 +45,8 @@ def assert_gradients(module: nn.Module, inp: Tensor) -> None:
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
 
 
-def graph(last: Tensor) -> list[str]:
-    """List the nodes of autograd before a tensor, by the names of their classes."""
+def nodes_before(last: Tensor) -> set[Any]:
+    """Return the nodes of autograd before a tensor."""
     seen: set[Any] = set()
     left = [last.grad_fn]
     while left:
@@ -54,7 +54,12 @@ def graph(last: Tensor) -> list[str]:
         if node is not None and node not in seen:
             seen.add(node)
             left += [before for before, _ in node.next_functions]
-    return sorted(type(node).__name__ for node in seen)
+    return seen
+
+
+def graph(last: Tensor) -> list[str]:
+    """List the nodes of autograd before a tensor, by the names of their classes."""
+    return sorted(type(node).__name__ for node in nodes_before(last))
 
 
 class Counted(TorchDispatchMode):

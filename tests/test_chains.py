@@ -12,7 +12,7 @@ from cassetta.backbones import MeshNet
 from cassetta.functional import chains, sites
 from cassetta.layers import ConvGroup
 
-from compare import graph
+from compare import nodes_before
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 ROUNDS = 4
@@ -20,8 +20,8 @@ ROUNDS = 4
 
 
 def nodes(last):
-    """The names of the nodes of ours before a tensor."""
-    return [name for name in graph(last) if name in ("ChainedBackward", "BlockBackward")]
+    """What the nodes of ours before a tensor do: a `Chain`, or a `Site` alone."""
+    return sorted(type(one.work).__name__ for one in nodes_before(last) if hasattr(one, "work"))
 
 
 @pytest.mark.parametrize("nb", [1, 2, chains.LENGTH, chains.LENGTH + 1])
@@ -30,8 +30,8 @@ def test_how_many_blocks_are_a_node(nb, kernels, engine):
     for _ in range(ROUNDS):
         out = net(torch.randn(2, 4, 12, device=kernels))
     chained, alone = divmod(nb, chains.LENGTH)
-    expected = ["ChainedBackward"] * (chained + (alone > 1)) + ["BlockBackward"] * (alone == 1)
-    assert nodes(out) == sorted(expected)
+    expected = ["Chain"] * (chained + (alone > 1)) + ["Site"] * (alone == 1)
+    assert nodes(out) == expected
 
 
 def test_large_images_release_what_they_keep_block_by_block(kernels, monkeypatch):
@@ -39,7 +39,7 @@ def test_large_images_release_what_they_keep_block_by_block(kernels, monkeypatch
     net = ConvGroup(1, 4, nb_conv=3, norm="batch", order="cndax").to(kernels)
     for _ in range(ROUNDS):
         out = net(torch.randn(2, 4, 12, device=kernels))
-    assert nodes(out) == ["BlockBackward"] * 3
+    assert nodes(out) == ["Site"] * 3
 
 
 @pytest.mark.parametrize("order", ["cndax", "caxnd"])
@@ -55,7 +55,7 @@ def test_autocast_interrupts_no_chain(order, kernels, engine):
             assert_same(found, step(twin, image, torch.float16))
         with torch.autocast(kernels.type, torch.float16):
             out = net(image)
-        assert nodes(out) == (["ChainedBackward"] if n > 1 else ["BlockBackward"] * 3)
+        assert nodes(out) == (["Chain"] if n > 1 else ["Site"] * 3)
         total = out.float().sum()
         (before,) = torch.autograd.grad(total, net[0].norm.weight, retain_graph=True)
         with torch.no_grad():
@@ -120,7 +120,7 @@ def test_blocks_that_share_weights_are_no_chain(kernels, engine):
         found = step(net, image)
         with general():
             assert_same(found, step(twin, image))
-    assert "ChainedBackward" not in nodes(net(image))
+    assert "Chain" not in nodes(net(image))
 
 
 def test_what_others_read_ends_a_chain(kernels, engine):

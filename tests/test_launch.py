@@ -88,7 +88,7 @@ def test_two_nodes_are_one(order, norm, activation, engine, monkeypatch):
             out = one(inp)
         out.backward(out.detach().cos())
         found.append([out.detach(), inp.grad, *(p.grad for p in one.parameters()), *one.buffers()])
-        nodes.append(graph(out).count("BlockBackward"))
+        nodes.append(graph(out).count("NodeBackward"))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     before = order == "ncdax" and norm is not None  # a norm of the input, which no convolution has
@@ -266,4 +266,4 @@ def test_without_a_norm_torch_convolves_and_differentiates(activation, training)
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     assert counted.count("cassetta") == 0
     if training:
-        assert "BlockBackward" not in graph(out)
+        assert "NodeBackward" not in graph(out)

@@ -195,8 +195,8 @@ def _node(
     if not traces:
         if norm is not None and norm.pool.process_group is None:
             running = norm.running
-        site = Site(plan, numbers, inputs, sums, tensors, running)
-        z, out, *found = site(told if is_node else None, inputs, sums, tensors, running)
+        site = Site(plan, numbers, inputs, sums, tensors, running, told)
+        z, out, *found = site(is_node, inputs, sums, tensors, running)
     elif is_node:
         z, *found = Compiled.apply(plan, *inputs, *tensors, *numbers)  # type: ignore[misc]
     else:

@@ -10,6 +10,7 @@ There is no program of a forward in which torch tells the host a value, or which
 came, or was changed, in a way that the trace has not seen.
 """
 
+import functools
 import itertools
 import math
 import operator
@@ -66,10 +67,10 @@ class _Here(threading.local):
 _here = _Here()
 
 
-def called(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return function(*arguments): one call of the program, if one is traced."""
+def calling(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what calls a function: as one call of the program, if one is traced."""
     trace = _here.trace
-    return function(*arguments) if trace is None else trace.call(function, arguments)
+    return function if trace is None else functools.partial(trace.call, function)
 
 
 def applied(kind: type[Function], *arguments: Any) -> Any:
@@ -81,7 +82,7 @@ def applied(kind: type[Function], *arguments: Any) -> Any:
     if torch.compiler.is_compiling():
         return kind.apply(None, *arguments)
     apply = super(Function, kind).apply  # type: ignore[attr-defined]
-    return called(apply, recordings.Held(), *arguments)
+    return calling(apply)(recordings.Held(), *arguments)
 
 
 class _Name(str):
@@ -130,7 +131,7 @@ class Trace(TorchFunctionMode):
             return func(*args, **kwargs)
         return self._noted(func, args, kwargs)
 
-    def call(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function as one step, whatever it calls itself."""
         _here.trace = None
         try:

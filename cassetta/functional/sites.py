@@ -1,6 +1,6 @@
-"""A node of autograd at its place in a network, and what it replays there.
+"""The node of autograd, and its work: that of a block at its place in a network, or of several.
 
-A site knows which of the many tensors of a node (`block.compute`) there are. In a program it stays
+A site knows which of the many tensors of a block (`block.compute`) there are. In a program it stays
 while tensors come and go: so its node is given these alone, its replays are found without a key,
 and a backward asks no more than what may have changed since the program ran.
 """
@@ -8,6 +8,7 @@ and a backward asks no more than what may have changed since the program ran.
 from __future__ import annotations
 
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from cassetta.functional import recordings
 from cassetta.functional.block import Backward, Plan, compute, saved
 from cassetta.functional.nodes import first_order
 from cassetta.functional.norm import Running
-from cassetta.functional.programs import called
+from cassetta.functional.programs import calling
 from cassetta.kernels import layout, tape
 
 _INPUTS, _SAVED = 8, 6
@@ -56,8 +57,64 @@ class _Place(NamedTuple):
         return tables[self.which] if self.row is None else tables[self.which][self.row]
 
 
-class Site:
-    """What a node does, and where its tensors are among those that there are; it holds none.
+class Work(ABC):
+    """What a node of autograd does; it holds no tensor."""
+
+    is_view: bool  # whether y may be an input
+
+    @abstractmethod
+    def compute(self, tables: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        """Return y, its sums and what else there is; and what is kept: tensors of all, tables."""
+
+    @abstractmethod
+    def differentiate(
+        self, needs: tuple[bool, ...], g: Any, sums: Tensor | None, kept: Sequence[Tensor],
+        tables: Any, is_unseen: bool,
+    ) -> Sequence[Any]:  # fmt: skip
+        """Return the gradients of the inputs that need them, given what was kept."""
+
+    def node(self, tables: tuple[Tensor, ...], *inputs: Tensor) -> tuple[Any, ...]:
+        """Return y, its sums and what else there is; y by a node of autograd.
+
+        That is applied without what torch does for its transforms of functions: no kernel runs
+        where one is active.
+        """
+        found: list[Any] = []
+        y, out = _apply(self, found, tables, *inputs)
+        return y, out, *found
+
+
+class Node(Function):
+    """The node of autograd: (work, found, tables, *inputs) to (y, its sums).
+
+    What else is computed is added to `found`. No user sees a table, so that autograd need not watch
+    over those that are kept for backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, work: Work, found: list[Any], tables: tuple[Tensor, ...], *inputs: Tensor
+    ) -> tuple[Any, Any]:
+        (y, out, *others), kept, ctx.tables = work.compute(tables, inputs)
+        ctx.save_for_backward(*kept)
+        ctx.work = work
+        ctx.set_materialize_grads(False)
+        found.extend(others)
+        return y.view_as(y) if work.is_view else y, out
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, g: Tensor, sums: Tensor | None = None) -> tuple[Any, ...]:
+        needs, is_unseen = ctx.needs_input_grad[3:], recordings.is_unseen(g)
+        grads = ctx.work.differentiate(needs, g, sums, ctx.saved_tensors, ctx.tables, is_unseen)
+        return None, None, None, *grads
+
+
+_apply: Any = super(Function, Node).apply  # type: ignore[attr-defined]
+
+
+class Site(Work):
+    """What a block computes, and where its tensors are among those that there are.
 
     Its functions take tables as a tuple, since autograd has nothing to do with them: those of
     `block.beside`, and running statistics, or what they are rows of; and one by one the inputs of
@@ -66,9 +123,9 @@ class Site:
 
     def __init__(
         self, plan: Plan, numbers: tuple[float, ...], inputs: Sequence[Any], sums: Sequence[Any],
-        tensors: Sequence[Any], running: Running | None,
+        tensors: Sequence[Any], running: Running | None, told: list[Any],
     ) -> None:  # fmt: skip
-        self._plan, self._numbers = plan, numbers
+        self._plan, self._numbers, self._told = plan, numbers, told
         self._how = None if running is None else running[3:]
         self._is_shared = plan.norm is not None and plan.norm[0].process_group is not None
         self._reads_sums = (sums[0] is not None, sums[1] is not None)
@@ -76,58 +133,47 @@ class Site:
         self._backward: list[tuple[Any, Callable[..., bool], Callable[..., Any]]] = []
         self.is_view = plan.product is None
         self.is_small = max(x.numel() for x in inputs[:2] if x is not None) <= SMALL
-        self.nb_inputs = len(_present(inputs))
+        self._nb_inputs = len(_present(inputs))
         self._inputs = _places(inputs)
         tables, self._tables = _listed([*tensors, *_kept(running)])
         # what is saved, of inputs, y and rounded weights, and of tables and what is found
         found = [_Place(len(tables) + n) for n in range(3)]
         beside, own = self._tables[: len(tensors)], [*self._inputs]
-        own[2] = own[2] if plan.rounds is None else self.nb_inputs + 1
-        (*parts,) = saved(plan, own, beside, self.nb_inputs, found)
+        own[2] = own[2] if plan.rounds is None else self._nb_inputs + 1
+        (*parts,) = saved(plan, own, beside, self._nb_inputs, found)
         self._saved, rows = _places(parts[:_SAVED]), parts[_SAVED:]
         whole = [*dict.fromkeys(place.which for place in _present(rows))]
         self._saved_tables = tuple([
             None if place is None else _Place(whole.index(place.which), place.row)
             for place in rows
         ])  # fmt: skip
-        self.saved, self.saved_tables = picker(_present(parts[:_SAVED])), picker(whole)
+        self._keep, self._keep_tables = picker(_present(parts[:_SAVED])), picker(whole)
         self.nb_saved = len(_present(parts[:_SAVED]))
         self._learned = _present([self._saved[n] for n in _LEARNED])
         # of each input, the place of its gradient among None and what `Backward` returns
         places = zip(_GRADIENTS, (*inputs, *sums), strict=True)
         grads = [place + 1 for place, x in places if x is not None]
-        self._needs = [grads.index(n + 1) + 3 if n + 1 in grads else None for n in range(10)]
-        self.gradients = picker([0, 0, 0, *grads])
+        self._needs = [grads.index(n + 1) if n + 1 in grads else None for n in range(10)]
+        self._gradients = picker(grads)
 
     def __call__(
-        self, told: list[Any] | None, inputs: Sequence[Any], sums: Sequence[Any],
-        tensors: Sequence[Any], running: Running | None,
+        self, is_node: bool, inputs: Sequence[Any], sums: Sequence[Any], tensors: Sequence[Any],
+        running: Running | None,
     ) -> tuple[Any, ...]:  # fmt: skip
-        """Return what `node` does: one call of the program that is traced, if any.
-
-        Parameters
-        ----------
-        told : list, optional
-            Whether readers return sums, once that is known; None where no gradient is asked for.
-        """
+        """Return what `node` does: one call of the program that is traced, if any."""
         tables = tuple(_listed([*tensors, *_kept(running)])[0])
-        if told is not None:
-            return called(self.node, told, tables, *_present([*inputs, *sums]))
+        if is_node:
+            return calling(self.node)(tables, *_present([*inputs, *sums]))
         with torch.no_grad():
-            y, out, *found, _ = called(self.compute, tables, *_present(inputs))
+            y, out, *found, _ = calling(self.run)(tables, *_present(inputs))
             return y, out, *found
 
-    def node(self, told: list[Any], tables: tuple[Tensor, ...], *inputs: Tensor) -> tuple[Any, ...]:
-        """Return what `compute` does, but for rounded weights; y by a node of autograd.
+    def compute(self, tables: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        inputs = inputs[: self._nb_inputs]
+        y, out, *found, w = self.run(tables, *inputs)
+        return (y, out, *found), self._keep((*inputs, y, w)), self._keep_tables((*tables, *found))
 
-        That is applied without what torch does for its transforms of functions: no kernel runs
-        where one is active.
-        """
-        found: list[Any] = []
-        y, out = _apply(self, (told, found), tables, *inputs)
-        return y, out, *found
-
-    def compute(self, tables: tuple[Tensor, ...], *inputs: Tensor) -> tuple[Any, ...]:
+    def run(self, tables: tuple[Tensor, ...], *inputs: Tensor) -> tuple[Any, ...]:
         """Return what `block.compute` does."""
         again = self._forward
         if again is not None:
@@ -139,7 +185,7 @@ class Site:
         if self._is_shared:
             return self._compute(*everything)
         key = "forward", self._plan, self._numbers, self._how, self._tables
-        return recordings.run(key, self._compute, everything, self._keep)
+        return recordings.run(key, self._compute, everything, self._replay)
 
     def _compute(self, *tensors: Any) -> tuple[Any, ...]:
         inputs, tables = tensors[:_INPUTS], tensors[_INPUTS:]
@@ -147,14 +193,22 @@ class Site:
         running = None if self._how is None else Running(mean, var, batches, *self._how)
         return compute(self._plan, self._numbers, inputs, beside, running)
 
-    def _keep(self, again: Callable[..., Any]) -> None:
+    def _replay(self, again: Callable[..., Any]) -> None:
         self._forward = again
 
     def differentiate(
         self, needs: tuple[bool, ...], g: Any, sums: Tensor | None, kept: Sequence[Tensor],
+        tables: Any, is_unseen: bool,
+    ) -> Sequence[Any]:  # fmt: skip
+        sums = sums if self._told[0] else None
+        grads = self._differentiate(needs, g, sums, (*kept, *tables), is_unseen)
+        return self._gradients((None, *grads))
+
+    def _differentiate(
+        self, needs: tuple[bool, ...], g: Any, sums: Tensor | None, kept: Sequence[Tensor],
         is_unseen: bool,
     ) -> tuple[Any, ...]:  # fmt: skip
-        """Return what `block.Backward` does, given what was saved, and which inputs need it."""
+        """Return what `block.Backward` does."""
         keep = None
         if is_unseen:
             own = g, *[kept[n] for n in self._learned]  # a user may have given one other data
@@ -187,40 +241,6 @@ class Site:
 
     def _remember(self, key: Any, own: Sequence[Tensor], again: Callable[..., Any]) -> None:
         self._backward[:] = [(key, recordings.alike(own), again), *self._backward[: _LIMIT - 1]]
-
-
-class Block(Function):
-    """The node of autograd: (site, (told, found), tables, *inputs) to (y, its sums).
-
-    What else the site computes is added to `found`. No user sees a table, so that autograd need not
-    watch over those that are kept for backward.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, site: Site, told: tuple[list[Any], list[Any]], tables: tuple[Tensor, ...],
-        *inputs: Tensor,
-    ) -> tuple[Any, Any]:  # fmt: skip
-        inputs = inputs[: site.nb_inputs]
-        y, out, *found, w = site.compute(tables, *inputs)
-        ctx.save_for_backward(*site.saved((*inputs, y, w)))
-        ctx.site, ctx.tables, ctx.told = site, site.saved_tables((*tables, *found)), told[0]
-        ctx.set_materialize_grads(False)
-        told[1].extend(found)
-        return y.view_as(y) if site.is_view else y, out
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, g: Tensor, sums: Tensor | None = None) -> tuple[Any, ...]:
-        site: Site = ctx.site
-        kept = *ctx.saved_tensors, *ctx.tables
-        sums = sums if ctx.told[0] else None
-        is_unseen = recordings.is_unseen(g)
-        found = site.differentiate(ctx.needs_input_grad, g, sums, kept, is_unseen)
-        return site.gradients((None, *found))
-
-
-_apply: Any = super(Function, Block).apply  # type: ignore[attr-defined]
 
 
 def _kept(running: Running | None) -> Sequence[Tensor | None]:
