@@ -235,9 +235,8 @@ def _is_last(x: Tensor) -> bool:
     return x.shape[1] > 1 and x.stride(1) == 1
 
 
-def _rounded(x: Deferred, dtype: torch.dtype, sums: bool) -> Image:
+def _rounded(image: Image, dtype: torch.dtype) -> Image:
     """Return what is read in the dtype of the product; a pending transform rounds what it makes."""
-    image = x.read(sums)
     if image.prologue.is_identity() and image.x.dtype != dtype:
         return Image(image.alone().to(dtype))
     return image
@@ -294,8 +293,8 @@ def convolved(
     shape = n, out, *size
     like = weight.new_empty_strided(shape, (0,) * len(shape), dtype=dtype)
     sums = ENGINES[engine].FUSES and not transposed
-    others = None if second is None else _rounded(second, dtype, sums)
-    images = _rounded(first, dtype, sums), others
+    others = None if second is None else _rounded(second.read(sums), dtype)
+    images = _rounded(first.read(sums), dtype), others
     grad = torch.is_grad_enabled()
     return Deferred(Launch(product, *images, weight, bias, like, grad, by_result, owner))
 

@@ -59,28 +59,24 @@ class Launch(NamedTuple):
 
     def run(self, steps: Steps, sums: bool) -> Image:
         """Compute it, and what the steps that follow amount to; `sums`: as `Deferred.read`."""
+        if self.differentiable != torch.is_grad_enabled():
+            with torch.set_grad_enabled(self.differentiable):
+                return self.run(steps, sums)
         launch, steps = self._folded(steps)
-        if self.differentiable == torch.is_grad_enabled():
-            return launch._run(steps, sums)
-        with torch.set_grad_enabled(self.differentiable):
-            return launch._run(steps, sums)
-
-    def _run(self, steps: Steps, sums: bool) -> Image:
-        by_result = self.by_result and steps.are_told()
-        leaves = by_result and steps.factors[0] is None and self._fuses() and self.residual is None
-        leaves = leaves and not self.product.transposed
-        launch = self
+        by_result, is_transposed = launch.by_result and steps.are_told(), launch.product.transposed
+        leaves = by_result and launch._fuses() and not is_transposed
+        leaves = leaves and steps.factors[0] is None and launch.residual is None
+        of = None if is_transposed else steps.moments_of()
+        is_one = torch.compiler.is_compiling() or launch.like.numel() < APART
+        if is_one and (by_result or steps.are_none()) and launch._is_plain(steps):
+            return launch._plain(steps)
         if leaves:
-            launch = self._with(Prologue(activation=steps.activation), None)
-        of = None if self.product.transposed else steps.moments_of()
-        is_one = torch.compiler.is_compiling() or self.like.numel() < APART
-        if is_one and (by_result or steps.are_none()) and self._is_plain(steps):
-            return self._plain(steps)
+            launch = launch._with(Prologue(activation=steps.activation), None)
         if is_one or steps.are_none():
             return _node(launch, launch.first, steps, None, of, (by_result, leaves, sums))[0]
-        bias = self.bias if steps.word[:1] == "n" and not steps.are_known() else None
+        bias = launch.bias if steps.word[:1] == "n" and not steps.are_known() else None
         if bias is not None:  # whose gradient follows from what the norm asks for
-            launch = self._with(self.epilogue, self.residual, bias.detach())
+            launch = launch._with(launch.epilogue, launch.residual, bias.detach())
         y, own = _node(launch, launch.first, Steps(), None, of, (False, False, False))
         return _node(None, y, steps, own, None, (by_result, leaves, sums), bias)[0]
 

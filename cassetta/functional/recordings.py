@@ -38,7 +38,8 @@ ENVIRONMENT = "CASSETTA_RECORDINGS"
 LIMIT = 2048
 """How many keys are known at a time; the one that has been known for the longest gives way."""
 
-SEEN, NEVER = "seen", "never"
+SEEN: Any = "seen"
+NEVER: Any = "never"
 _enabled = os.environ.get(ENVIRONMENT, "1") != "0"
 _known: dict[Any, Any] = {}  # SEEN, NEVER, or what replays
 _changed: set[Any] = set()  # keys whose recording was found to hold no more
@@ -69,18 +70,44 @@ def run(
         if x is None:
             facts.append(None)
         elif type(x) in dispatch.PLAIN:
-            shape = x.shape
-            facts += shape, x.stride(), x.dtype, x.device
-            if len(shape) > 2 and shape[1] % layout.WORD:  # channels that fill no words
-                facts.append(layout.is_in_words(x))
+            facts += form(x)
         else:
             return function(*tensors)
-    whole = what, tuple(facts), first.data_ptr() % 16, settings(first)
+    key = what, tuple(facts), first.data_ptr() % 16, settings(first)
+    found = _known.get(key)
     with unrounded(first):
-        out = _found(whole, function, tensors)
-    if keep is not None and callable(again := _known.get(whole)):
-        keep(again)
-    return out
+        if found is None:
+            _keep(key, SEEN)
+        elif found is not NEVER and not (found is SEEN and machine.is_capturing(first.device)):
+            try:  # (a graph that is captured would keep the memory of a tape)
+                if found is SEEN:
+                    again, out = replay.record(function, *tensors)
+                    _keep(key, NEVER if again is None else again)
+                else:
+                    again, out = found, found(*_present(tensors))
+                if keep is not None and again is not None:
+                    keep(again)
+                return out
+            except tape.Changed:  # recorded anew, once
+                _keep(key, NEVER if key in _changed else SEEN)
+                _changed.add(key)
+            except (
+                tape.Unrecordable,
+                torch.OutOfMemoryError,
+            ):  # a tape frees nothing before its end
+                if found is not SEEN:
+                    raise
+                _keep(key, NEVER)
+        return function(*tensors)
+
+
+def form(x: Tensor) -> tuple[Any, ...]:
+    """Return all of the kind of a tensor that its passes depend on."""
+    shape = x.shape
+    known = shape, x.stride(), x.dtype, x.device
+    if len(shape) > 2 and shape[1] % layout.WORD:  # channels that fill no words
+        return *known, layout.is_in_words(x)
+    return known
 
 
 class Held:
@@ -107,31 +134,6 @@ def replayed(again: Callable[..., Any], tensors: Sequence[Tensor]) -> tuple[Any,
 
 def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
     return [x for x in tensors if x is not None]
-
-
-def _found(key: Any, function: tape.Function, tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    """Return function(*tensors), by the recording of this key, if there is one by now."""
-    found = _known.get(key)
-    try:
-        if found is None:
-            _keep(key, SEEN)
-        elif found is SEEN:
-            if not machine.is_capturing(tensors[0].device):  # type: ignore[union-attr]
-                again, out = replay.record(function, *tensors)
-                _keep(key, NEVER if again is None else again)
-                return out  # (a graph that is captured would keep the memory of a tape)
-        elif found is not NEVER:
-            return found(*_present(tensors))
-    except tape.Unrecordable:
-        _keep(key, NEVER)
-    except tape.Changed:  # recorded anew, once
-        _keep(key, NEVER if key in _changed else SEEN)
-        _changed.add(key)
-    except torch.OutOfMemoryError:  # a tape frees nothing before its end
-        if found is not SEEN:
-            raise
-        _keep(key, NEVER)
-    return function(*tensors)
 
 
 def unrounded(x: Tensor) -> AbstractContextManager:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from cassetta.functional import chains, programs, recordings
-from cassetta.kernels import dispatch, layout
+from cassetta.kernels import dispatch
 from cassetta.layers import decisions, fusing
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -126,10 +126,7 @@ def _key(images: tuple[Tensor, ...], options: dict[str, Any]) -> Any:
     """Return all that a forward depends on, but for its module."""
     forms: list[Any] = []
     for x in images:
-        shape = x.shape
-        forms += shape, x.stride(), x.dtype, x.device, x.requires_grad, x.data_ptr() % 16
-        if len(shape) > 2 and shape[1] % layout.WORD:
-            forms.append(layout.is_in_words(x))
+        forms += *recordings.form(x), x.requires_grad, x.data_ptr() % 16
     first = images[0]
     return (
         *options.items(), *forms, torch.is_inference_mode_enabled(), decisions.process(first),

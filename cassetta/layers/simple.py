@@ -225,7 +225,7 @@ class ModuleGroup(Chain):
         """`forward` of what x stands for; what leaves each module is also put into the list."""
         # of each module, its steps: they are known once it has come to it
         known: dict[int, fusing.Steps] = {} if outputs is not None else recalled(self, x, _no_steps)
-        for n, module in enumerate(self):
+        for n, module in enumerate(listed(self)):
             before = x.kept() if self.residual else x
             steps = known.get(n)
             if steps is None:
