@@ -159,8 +159,10 @@ class ConvBlock(Stack):
         """Return the convolution as a step, computed by an engine."""
         conv: Any = self.conv
         product = Product(engine, conv.geometry)
-        weight, bias, block = fusing.reader(conv, "weight"), fusing.reader(conv, "bias"), ref(self)
-        return lambda x: functional.convolved(x, product, weight(), bias(), by_result, block())
+        block = ref(self)
+        return lambda x: functional.convolved(
+            x, product, conv.weight, conv.bias, by_result, block()
+        )
 
     def _plain(self, x: Deferred) -> Deferred:
         out = materialize(x)

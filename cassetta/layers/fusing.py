@@ -263,14 +263,6 @@ def step(letter: str, layer: Any) -> Callable[[Deferred], Deferred]:
     return {"n": _normalization, "d": _dropping, "a": _activating, "x": _attending}[letter](layer)
 
 
-def reader(layer: nn.Module, name: str) -> Callable[[], Any]:
-    """Return what reads an attribute of a layer; where it is a tensor, quicker than `getattr`."""
-    for tensors in layer._parameters, layer._buffers:
-        if name in tensors:
-            return lambda: tensors[name]
-    return lambda: getattr(layer, name)
-
-
 def _attending(layer: Any) -> Callable[[Deferred], Deferred]:
     """Return an attention as a step."""
     return lambda x: Deferred(layer(materialize(x)))
@@ -288,9 +280,6 @@ def _normalization(norm: Any) -> Callable[[Deferred], Deferred]:
     tracks = not is_fixed and keeps and (norm.track_running_stats or not batch)
     channels, eps = norm.num_channels if groups else norm.num_features, norm.eps
     momentum = norm.momentum if tracks else None
-    gamma, beta, mean, var, batches = [
-        reader(norm, name) for name in ("weight", "bias", "running_mean", "running_var", _BATCHES)
-    ]
 
     def normalized(x: Deferred) -> Deferred:
         n, c, *size = x.shape
@@ -299,17 +288,15 @@ def _normalization(norm: Any) -> Callable[[Deferred], Deferred]:
                 f"inp has {c} channels, but {kind.__name__} normalizes {channels} channels"
             )
         check_statistics(norm, n, size, "")
-        fixed = Moments(mean(), var()) if is_fixed else None
+        fixed = Moments(norm.running_mean, norm.running_var) if is_fixed else None
         running = None
         if tracks:
-            running = Running(mean(), var(), batches() if batch else None, momentum, not batch)
-        own = Normalization(gamma(), beta(), eps, pool, fixed, running)
+            batches = norm.num_batches_tracked if batch else None
+            running = Running(norm.running_mean, norm.running_var, batches, momentum, not batch)
+        own = Normalization(norm.weight, norm.bias, eps, pool, fixed, running)
         return x.normalized(own, groups and _is_promoting(x))
 
     return normalized
-
-
-_BATCHES = "num_batches_tracked"
 
 
 def _pool(norm: Any) -> Pool | None:
