@@ -165,15 +165,15 @@ class Site(Work):
         if is_node:
             return calling(self.node)(tables, *_present([*inputs, *sums]))
         with torch.no_grad():
-            y, out, *found, _ = calling(self.run)(tables, *_present(inputs))
+            y, out, *found, _ = calling(self.run)(tables, tuple(_present(inputs)))
             return y, out, *found
 
     def compute(self, tables: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
         inputs = inputs[: self._nb_inputs]
-        y, out, *found, w = self.run(tables, *inputs)
+        y, out, *found, w = self.run(tables, inputs)
         return (y, out, *found), self._keep((*inputs, y, w)), self._keep_tables((*tables, *found))
 
-    def run(self, tables: tuple[Tensor, ...], *inputs: Tensor) -> tuple[Any, ...]:
+    def run(self, tables: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
         """Return what `block.compute` does."""
         again = self._forward
         if again is not None:
