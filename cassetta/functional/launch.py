@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cassetta.functional import recordings
+from cassetta.functional import recordings, sites
 from cassetta.functional.block import Compiled, Image, Plan, Product, beside, compute
-from cassetta.functional.sites import Site
 from cassetta.functional.steps import Steps, completed, prepared
 from cassetta.kernels import activations
 from cassetta.kernels.engines import ENGINES
@@ -191,8 +190,8 @@ def _node(
     if not traces:
         if norm is not None and norm.pool.process_group is None:
             running = norm.running
-        site = Site(plan, numbers, inputs, sums, tensors, running, told)
-        z, out, *found = site(is_node, inputs, sums, tensors, running)
+        asked = told if is_node else None
+        z, out, *found = sites.run(plan, numbers, asked, inputs, sums, tensors, running)
     elif is_node:
         z, *found = Compiled.apply(plan, *inputs, *tensors, *numbers)  # type: ignore[misc]
     else:

@@ -41,6 +41,9 @@ SMALL = 2**20
 _ROWS = 6
 """Of what `norm_finalize` returns."""
 
+_KEPT = 3
+"""Of running statistics, those that are tensors."""
+
 
 class _Place(NamedTuple):
     """Where a table is: among others, or a row of one of them."""
@@ -123,10 +126,10 @@ class Site(Work):
 
     def __init__(
         self, plan: Plan, numbers: tuple[float, ...], inputs: Sequence[Any], sums: Sequence[Any],
-        tensors: Sequence[Any], running: Running | None, told: list[Any],
+        places: tuple[_Place | None, ...], nb_tables: int, how: Any, told: Any,
     ) -> None:  # fmt: skip
-        self._plan, self._numbers, self._told = plan, numbers, told
-        self._how = None if running is None else running[3:]
+        self._plan, self._numbers, self._tables = plan, numbers, places
+        self._how, self._told = how, told
         self._is_shared = plan.norm is not None and plan.norm[0].process_group is not None
         self._reads_sums = (sums[0] is not None, sums[1] is not None)
         self._forward: Callable[..., Any] | None = None
@@ -135,12 +138,10 @@ class Site(Work):
         self.is_small = max(x.numel() for x in inputs[:2] if x is not None) <= SMALL
         self._nb_inputs = len(_present(inputs))
         self._inputs = _places(inputs)
-        tables, self._tables = _listed([*tensors, *_kept(running)])
         # what is saved, of inputs, y and rounded weights, and of tables and what is found
-        found = [_Place(len(tables) + n) for n in range(3)]
-        beside, own = self._tables[: len(tensors)], [*self._inputs]
+        found, own = [_Place(nb_tables + n) for n in range(3)], [*self._inputs]
         own[2] = own[2] if plan.rounds is None else self._nb_inputs + 1
-        (*parts,) = saved(plan, own, beside, self._nb_inputs, found)
+        (*parts,) = saved(plan, own, places[:-_KEPT], self._nb_inputs, found)
         self._saved, rows = _places(parts[:_SAVED]), parts[_SAVED:]
         whole = [*dict.fromkeys(place.which for place in _present(rows))]
         self._saved_tables = tuple([
@@ -151,22 +152,10 @@ class Site(Work):
         self.nb_saved = len(_present(parts[:_SAVED]))
         self._learned = _present([self._saved[n] for n in _LEARNED])
         # of each input, the place of its gradient among None and what `Backward` returns
-        places = zip(_GRADIENTS, (*inputs, *sums), strict=True)
-        grads = [place + 1 for place, x in places if x is not None]
+        given = zip(_GRADIENTS, (*inputs, *sums), strict=True)
+        grads = [place + 1 for place, x in given if x is not None]
         self._needs = [grads.index(n + 1) if n + 1 in grads else None for n in range(10)]
         self._gradients = picker(grads)
-
-    def __call__(
-        self, is_node: bool, inputs: Sequence[Any], sums: Sequence[Any], tensors: Sequence[Any],
-        running: Running | None,
-    ) -> tuple[Any, ...]:  # fmt: skip
-        """Return what `node` does: one call of the program that is traced, if any."""
-        tables = tuple(_listed([*tensors, *_kept(running)])[0])
-        if is_node:
-            return calling(self.node)(tables, *_present([*inputs, *sums]))
-        with torch.no_grad():
-            y, out, *found, _ = calling(self.run)(tables, tuple(_present(inputs)))
-            return y, out, *found
 
     def compute(self, tables: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
         inputs = inputs[: self._nb_inputs]
@@ -243,12 +232,30 @@ class Site(Work):
         self._backward[:] = [(key, recordings.alike(own), again), *self._backward[: _LIMIT - 1]]
 
 
-def _kept(running: Running | None) -> Sequence[Tensor | None]:
-    """List running statistics."""
-    return (None,) * 3 if running is None else running[:3]
+def run(
+    plan: Plan, numbers: tuple[float, ...], told: list[Any] | None, inputs: Sequence[Any],
+    sums: Sequence[Any], tensors: Sequence[Any], running: Running | None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Return what a block computes: by one call of the program that is traced, if any.
+
+    Parameters
+    ----------
+    told : list, optional
+        Whether readers return sums, once that is known; None where no gradient is asked for.
+    inputs, sums, tensors
+        See `block.compute` and `block.beside`; of images, what stands for sums.
+    """
+    kept, how = ((None,) * _KEPT, None) if running is None else (running[:_KEPT], running[_KEPT:])
+    tables, places = _listed([*tensors, *kept])
+    site = Site(plan, numbers, inputs, sums, places, len(tables), how, told)
+    if told is not None:
+        return calling(site.node)(tables, *_present([*inputs, *sums]))
+    with torch.no_grad():
+        y, out, *found, _ = calling(site.run)(tables, tuple(_present(inputs)))
+        return y, out, *found
 
 
-def _listed(tables: Sequence[Any]) -> tuple[list[Any], tuple[_Place | None, ...]]:
+def _listed(tables: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[_Place | None, ...]]:
     """List tables once each, or what they are rows of; and where each is then."""
     found: dict[int, int] = {}
     several: list[Any] = []
@@ -262,7 +269,7 @@ def _listed(tables: Sequence[Any]) -> tuple[list[Any], tuple[_Place | None, ...]
                 several.append(whole)
             place = _Place(found[id(whole)], row)
         places.append(place)
-    return several, tuple(places)
+    return tuple(several), tuple(places)
 
 
 def _whole(table: Tensor) -> tuple[Tensor, int | None]:
