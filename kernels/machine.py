@@ -8,8 +8,9 @@ exclusively. What a GPU is, is asked once for each.
 
 import ctypes
 import functools
+import importlib
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,3 +105,8 @@ def _gpu(index: int) -> Gpu:
         found.name, (found.major, found.minor), found.total_memory, found.L2_cache_size,
         getattr(found, "shared_memory_per_block_optin", 0),  # which torch for ROCm does not tell
     )  # fmt: skip
+
+
+def stream_reader() -> Any:
+    """Return Triton's function of the index of a GPU that returns its current stream."""
+    return importlib.import_module("triton.runtime").driver.active.get_current_stream

@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
@@ -210,6 +211,15 @@ _LIBRARY = Library("cassetta", "FRAGMENT")
 
 
 _RUNS: dict[str, Callable[..., Any]] = {}
+
+
+class _Here(threading.local):
+    """Of this thread, what notes its launches, and starts them; None if nothing does."""
+
+    tape: Any = None
+
+
+here = _Here()
 
 
 def run(operator: Any) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cassetta.kernels import boxes, layout, machine, tape
+from cassetta.kernels import boxes, layout, machine, records
 from cassetta.kernels.boxes import Box
 from cassetta.kernels.configs import Config, GemmConfig, PoolConfig, WgradConfig
 
@@ -304,9 +304,9 @@ def launch(kernel: Any, x: Tensor, config: AnyConfig, *args: Any, **constants: A
     """Start the kernel on the device of x, which need not be the current one."""
     if config.programs:
         constants |= {**config.blocks, **config.options, **OPTIONS}
-        recording = tape.current()
+        tape = records.here.tape
         with machine.guard(x):
-            if recording is not None:
-                recording.launch(kernel, config.programs, args, constants)
+            if tape is not None:
+                tape.launch(kernel, config.programs, args, constants)
             else:
                 kernel[(config.programs,)](*args, **constants)

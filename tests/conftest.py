@@ -16,8 +16,8 @@ import os
 import pytest
 import torch
 
-from cassetta.functional import recordings
 from cassetta.kernels import boxes, dispatch, engines, evidence, plans
+from cassetta.recording import recordings
 
 pytest_plugins = ["budget"]
 

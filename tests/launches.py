@@ -25,9 +25,9 @@ except libcuda.Missing as missing:
 from triton.backends.nvidia import driver as nvidia
 
 from cassetta.backbones import MeshNet, UNet
-from cassetta.functional import recordings
-from cassetta.kernels import dispatch, evidence, machine, replay
+from cassetta.kernels import dispatch, evidence, machine
 from cassetta.layers import ConvBlock, ConvGroup
+from cassetta.recording import recordings, replay
 
 os.environ[evidence.CACHE] = sys.argv[1]
 warnings.simplefilter("ignore")

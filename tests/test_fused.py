@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import cassetta
 from cassetta.backbones import ATrousNet, ConvEncoder, MeshNet, UNet
-from cassetta.functional import Deferred, defer, materialize, recordings
+from cassetta.functional import Deferred, defer, materialize
 from cassetta.functional.norm import Normalization, Pool
 from cassetta.kernels import dispatch, ops
 from cassetta.kernels.types import Activation
@@ -22,6 +22,7 @@ from cassetta.layers import ChannelDropout, ConvBlock, ConvGroup, ModuleSum, fus
 from cassetta.layers.ways import Level
 from cassetta.measure import agreement
 from cassetta.models import SegNet
+from cassetta.recording import recordings
 
 from compare import Counted, NothingRead, assert_near
 

@@ -31,6 +31,7 @@ FLOORS = [
     "layers",
     "io",
     "functional",
+    "recording",
     "kernels",
     "core",
 ]

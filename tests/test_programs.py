@@ -13,10 +13,11 @@ from torch import nn
 
 import cassetta
 from cassetta.backbones import ConvDecoder, ConvEncoder, MeshNet, UNet
-from cassetta.functional import programs, recordings, sites
+from cassetta.functional import sites
 from cassetta.kernels import dispatch, machine
 from cassetta.layers import ConvBlock, ConvGroup, DownPool, ModuleGroup, Resize, fusing, repeated
 from cassetta.models import SegNet
+from cassetta.recording import programs, recordings
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 

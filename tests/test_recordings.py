@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from cassetta.backbones import ATrousNet, MeshNet, UNet
-from cassetta.functional import recordings
-from cassetta.kernels import dispatch, plans, replay, tape
+from cassetta.kernels import dispatch, plans, records
 from cassetta.layers import ConvBlock, ConvGroup, fusing
+from cassetta.recording import recordings, replay, tape
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 GPU = torch.cuda.is_available()  # whose libraries may add up in another order each time
@@ -118,7 +118,7 @@ def test_a_replay_gives_the_same_bits(name, train, kernels, engine):
                 one.add_(0.01)
                 other.add_(0.01)
     assert bool(replays()) != (name == "no norm" and engine == "library")  # torch's own nodes
-    assert tape.current() is None
+    assert records.here.tape is None
 
 
 def exchanged(net):
@@ -334,7 +334,7 @@ def test_many_kinds_of_images_are_said_once(kernels, monkeypatch):
 
 @pytest.mark.parametrize("number", ["0", "1"])
 def test_recordings_can_be_turned_off(number):
-    code = "from cassetta.functional import recordings; print(recordings._enabled)"
+    code = "from cassetta.recording import recordings; print(recordings._enabled)"
     env = {**os.environ, recordings.ENVIRONMENT: number}
     told = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert told.stdout.split() == [str(number == "1")]

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from cassetta.functional import recordings
 from cassetta.functional.nodes import first_order
 from cassetta.functional.norm import Normalization, Pool, Running
 from cassetta.functional.steps import (
@@ -32,6 +31,7 @@ from cassetta.functional.steps import (
 from cassetta.kernels import layout, ops
 from cassetta.kernels.engines import ENGINES
 from cassetta.kernels.types import NOTHING, Activation, Geometry, Moments, Prologue, together
+from cassetta.recording import recordings
 
 
 class Image(NamedTuple):

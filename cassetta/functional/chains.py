@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from cassetta.functional.programs import Call, names
 from cassetta.functional.sites import Site, Work, picker
+from cassetta.recording.programs import Call, names
 
 LENGTH = 6
 """How many sites are one node at most, so that gradients of parameters still come by and by."""

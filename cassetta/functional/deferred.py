@@ -24,11 +24,11 @@ from cassetta.functional.block import Image, Product
 from cassetta.functional.launch import Launch, transformed
 from cassetta.functional.nodes import Materialize, MaterializeMoments
 from cassetta.functional.norm import Normalization
-from cassetta.functional.programs import applied
 from cassetta.functional.steps import Steps
 from cassetta.kernels import layout
 from cassetta.kernels.engines import ENGINES
 from cassetta.kernels.types import Activation, Moments, flat
+from cassetta.recording.programs import applied
 
 
 class Sum(NamedTuple):

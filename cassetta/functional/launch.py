@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cassetta.functional import recordings, sites
+from cassetta.functional import sites
 from cassetta.functional.block import Compiled, Image, Plan, Product, beside, compute
 from cassetta.functional.steps import Steps, completed, prepared
 from cassetta.kernels import activations
 from cassetta.kernels.engines import ENGINES
 from cassetta.kernels.types import NOTHING, Activation, Moments, Prologue, apart
+from cassetta.recording import recordings
 
 APART = 2**24
 """Elements of an image from which on a convolution and the steps after it are two nodes.

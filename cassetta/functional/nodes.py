@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from cassetta.functional import recordings
+from cassetta.recording import recordings
 
 
 class _Refused(Function):

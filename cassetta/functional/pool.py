@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
-from cassetta.functional import recordings
 from cassetta.functional.deferred import Deferred
 from cassetta.functional.nodes import first_order
-from cassetta.functional.programs import applied
 from cassetta.kernels import ops
 from cassetta.kernels.types import flat
+from cassetta.recording import recordings
+from cassetta.recording.programs import applied
 
 
 def max_pool(x: Deferred, window: tuple[int, ...]) -> Tensor:

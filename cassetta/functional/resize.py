@@ -23,12 +23,12 @@ from torch import Tensor
 from torch.autograd import Function
 
 from cassetta.core.later import interpol
-from cassetta.functional import recordings
 from cassetta.functional.deferred import Deferred
 from cassetta.functional.nodes import first_order
-from cassetta.functional.programs import applied
 from cassetta.kernels import layout, ops, splines
 from cassetta.kernels.types import Grid, flat
+from cassetta.recording import recordings
+from cassetta.recording.programs import applied
 
 
 def resize(

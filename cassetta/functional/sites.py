@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from cassetta.functional import recordings
 from cassetta.functional.block import Backward, Plan, compute, saved
 from cassetta.functional.nodes import first_order
 from cassetta.functional.norm import Running
-from cassetta.functional.programs import calling
-from cassetta.kernels import layout, tape
+from cassetta.kernels import layout
+from cassetta.recording import recordings, tape
+from cassetta.recording.programs import calling
 
 _INPUTS, _SAVED = 8, 6
 """Of `block.compute`, what may need gradients; of what `block.saved` lists, what is no table."""

@@ -1,4 +1,4 @@
-"""Networks whose forward is repeated as a program (`functional.programs`).
+"""Networks whose forward is repeated as a program (`recording.programs`).
 
 The second forward on a kind of image is traced; from then on its program runs, as long as the
 modules, the kinds of their parameters and the settings of the process are as they were.
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from cassetta.functional import chains, programs, recordings
+from cassetta.functional import chains
 from cassetta.kernels import dispatch
 from cassetta.layers import decisions, fusing
+from cassetta.recording import programs, recordings
 
 F = TypeVar("F", bound=Callable[..., Any])
 

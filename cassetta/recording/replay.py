@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from cassetta.kernels import machine
-from cassetta.kernels.tape import Call, Changed, Entry, Function, Start, Tape, Unrecordable, form
+from cassetta.recording.tape import Call, Changed, Entry, Function, Start, Tape, Unrecordable, form
 
 _QUICKER = {  # than through the overload, with these options
     (torch.ops.aten.convolution.default, ()): torch.convolution,
@@ -117,7 +117,9 @@ class _Writer:
                 apart.append(f"{self._point(one.name)} - {rest}" if rest else self._point(one.name))
         if apart:
             self.lines.append(f"if ({' | '.join(apart)}) & 15: raise {changed}('alignment')")
-        self.lines.append(f"stream = {self._constant(_stream())}({self.device.index or 0})")
+        self.lines.append(
+            f"stream = {self._constant(machine.stream_reader())}({self.device.index or 0})"
+        )
         if self.room:
             empty, kind = self._constant(torch.empty), self._constant(torch.uint8)
             where = self._constant(self.device)
@@ -276,9 +278,3 @@ def _written(step: Call) -> list[Tensor]:
     kinds = {one.name: one.alias_info for one in parameters}
     found = [x for name, x in given.items() if kinds[name] is not None and kinds[name].is_write]
     return [x for x in tree_leaves(found) if isinstance(x, Tensor)]
-
-
-def _stream() -> Any:
-    from triton.runtime import driver
-
-    return driver.active.get_current_stream

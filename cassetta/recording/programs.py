@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 
-from cassetta.functional import recordings
 from cassetta.kernels.dispatch import PLAIN
+from cassetta.recording import recordings
 
 Program = Callable[[Sequence[Tensor], Sequence[Tensor]], Any]
 """Takes the images, and the parameters and buffers; returns what the forward returns."""

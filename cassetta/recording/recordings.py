@@ -1,4 +1,4 @@
-"""Recordings of what nodes do (`kernels.replay`), by all that they depend on.
+"""Recordings of what nodes do (`replay`), by all that they depend on.
 
 What a node does to its tensors is a function of its plan, of the shapes, strides and dtypes of the
 tensors, and of a few settings: these are the key of its recording. It is recorded when it is done
@@ -27,10 +27,9 @@ from cassetta.kernels import (
     ops,
     plans,
     precision,
-    replay,
-    tape,
 )
 from cassetta.kernels.types import Activation, together
+from cassetta.recording import replay, tape
 
 ENVIRONMENT = "CASSETTA_RECORDINGS"
 """Set to 0, it leaves everything to the general path: to find out whether a recording is wrong."""

@@ -1,15 +1,14 @@
 """Note what a function of tensors does, step by step, so that it can be replayed (`replay`).
 
 What is noted: operators of ATen, by a dispatch mode; allocations; and launches of kernels, whose
-passes run as they are (`tile.launch` asks for the tape of its thread).
+passes run as they are (`tile.launch` asks for the tape of its thread, `records.here`).
 
 A recording holds for tensors of the shapes, strides and dtypes of those that it was made of, and
-for the same settings, for which its caller answers (`cassetta.functional.recordings`). What no key
+for the same settings, for which its caller answers (`recordings`). What no key
 can know is asked in each replay: whether addresses are aligned as they were, and operators lay out
 their results as they did. If not, `Changed` is raised, and nothing that was given has been written.
 """
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -64,18 +63,6 @@ class Start(NamedTuple):
     constants: dict[str, Any]
 
 
-class _Here(threading.local):
-    tape: "Tape | None" = None
-
-
-_here = _Here()
-
-
-def current() -> "Tape | None":
-    """Return the tape on which this thread records; None if it does not."""
-    return _here.tape
-
-
 class Tape(TorchDispatchMode):
     """What a function does, step by step, while it is the mode of its thread."""
 
@@ -90,12 +77,12 @@ class Tape(TorchDispatchMode):
         self._outer: list[Tape | None] = []
 
     def __enter__(self) -> "Tape":
-        self._outer.append(_here.tape)
-        _here.tape = self
+        self._outer.append(records.here.tape)
+        records.here.tape = self
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        _here.tape = self._outer.pop()
+        records.here.tape = self._outer.pop()
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
