@@ -12,14 +12,15 @@ in it, so those of several readers add up as it does, as the gradient of a secon
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed as dist
 from torch.autograd import Function
 
 from cassetta.functional.nodes import first_order
-from cassetta.functional.norm import Normalization, Pool, Running
+from cassetta.functional.norm import Normalization, Pool, Running, gathered, statistics
 from cassetta.functional.steps import (
     Steps,
     Tables,
@@ -72,6 +73,14 @@ class Plan(NamedTuple):
     leaves: bool  # that activation leaves with the product
     is_summed: bool  # readers may return sums
     rounds: tuple[torch.dtype, torch.dtype] | None = None  # the weights, from and to these
+
+    def group(self) -> Any:
+        """Return the group of processes that share the statistics, if any do."""
+        return None if self.norm is None else self.norm[0].process_group
+
+    def alone(self) -> tuple[Any, ...]:
+        """Return all but the norm, for keys, which would keep the group alive."""
+        return tuple([one for one in self if one is not self.norm])
 
     def rounded(self, x: Any) -> Any:
         """Return a parameter of the product in the dtype in which it is multiplied."""
@@ -129,7 +138,8 @@ def compute(
 
     What a norm amounts to is returned if it depends on y: `standardize` says what that is. Last
     come the rounded weights, if they are rounded here. Running statistics are updated in the end:
-    what is raised before has changed nothing.
+    what is raised before has changed nothing. What processes share is exchanged between two
+    recordings, so that whatever becomes of these, it is exchanged once.
 
     Parameters
     ----------
@@ -140,9 +150,22 @@ def compute(
     tensors : sequence
         As `beside` lists them.
     """
-    x, x2, w, b, r, gamma, beta, weight = inputs
+    begin, end = partial(_begun, plan, numbers), partial(_ended, plan, numbers, running)
+    group, rest = plan.group(), (*inputs[5:], *tensors[_TABLES:])
+    if group is None:
+        y, out, w, *own = begin(*inputs, *tensors)
+        return y, out, *end(y, *own, None, *rest), w
+    run, key = recordings.run, (plan.alone(), numbers)
+    y, out, w, *own, sent = run(("begun", key), begin, (*inputs, *tensors))
+    found = run(("ended", key), end, (y, *own, gathered(sent, group), *rest))
+    return y, out, *found, w
+
+
+def _begun(plan: Plan, numbers: tuple[float, ...], *given: Any) -> tuple[Any, ...]:
+    """Compute y, room for its sums, rounded weights, its moments, and what other processes ask."""
+    x, x2, w, b, r, gamma, beta, weight, *tensors = given
     prepared, own = Tables(*tensors[_TABLES:_FACTORS]), None
-    steps = plan.steps(gamma, beta, weight, tensors[_FACTORS : _FACTORS + 3], numbers, running)
+    steps = plan.steps(gamma, beta, weight, tensors[_FACTORS : _FACTORS + 3], numbers)
     if tensors[-1] is not None:
         own = Moments(*tensors[-2:])  # type: ignore[arg-type]
     y, w, b = x, plan.rounded(w), plan.rounded(b)
@@ -166,9 +189,22 @@ def compute(
         y = ops.materialize(y, Prologue(f0, shift, steps.activation), None, y.dtype)
     out = layout.tables(y, 2) if plan.is_summed else None
     kept = None if plan.rounds is None else w
+    if plan.group() is not None:
+        own = statistics(y, steps.inner(prepared), own, prepared.before)
+    return y, out, kept, *((None, None) if own is None else own)
+
+
+def _ended(
+    plan: Plan, numbers: tuple[float, ...], running: Running | None, y: Tensor, mean: Any, var: Any,
+    every: Any, gamma: Any, beta: Any, weight: Any, *tables: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Compute what the norm amounts to; or else return the moments."""
+    n = len(Tables._fields)
+    steps = plan.steps(gamma, beta, weight, tables[n : n + 3], numbers, running)
     if steps.are_known():
-        return y, out, *((None, None) if own is None else own), None, kept
-    return y, out, *normalized(y, steps, prepared, own), kept
+        return mean, var, None
+    own = None if mean is None else Moments(mean, var)
+    return normalized(y, steps, Tables(*tables[:n]), own, every)
 
 
 def saved(
@@ -239,6 +275,18 @@ class Backward(NamedTuple):
 
         In the order of `needs`. Autograd rounds those of a bias and beta, which were not saved.
         """
+        group = self.plan.group()
+        if group is None:
+            return self._compute(g, sums, None, *saved)
+        key = "shared", self.plan.alone(), self.numbers, self.needs, self.reads_sums
+        own, total = recordings.run(key, self._compute, (g, sums, None, *saved))
+        dist.all_reduce(total, group=group)
+        return recordings.run(key, self._compute, (g, own, total, *saved))
+
+    def _compute(
+        self, g: Tensor, sums: Tensor | None, total: Tensor | None, *saved: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Compute them, or what all processes are to add up, until that is given."""
         plan, numbers, needs, reads_sums = self
         x, x2, w, kept, gamma, weight, *rest = saved
         n = 12 + len(Tables._fields)
@@ -254,7 +302,10 @@ class Backward(NamedTuple):
         elif not steps.are_none():
             image = g if kept is None else kept
             wanted = to_y, needs[7], needs[8], needs[9]
-            dy, *grads[7:], grads[5] = gradients(g, sums, image, steps, tables, wanted)
+            found = gradients(g, sums, image, steps, tables, wanted, total)
+            if plan.group() is not None and total is None:
+                return found
+            dy, *grads[7:], grads[5] = found
         if plan.product is None:
             grads[0] = dy
         elif to_y:

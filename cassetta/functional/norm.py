@@ -92,36 +92,32 @@ class Normalization(NamedTuple):
 
 
 def standardize(
-    x: Tensor, p: Prologue, own: Moments | None, before: Tensor | None, norm: Normalization
-) -> tuple[Tensor | None, ...]:
+    x: Tensor, p: Prologue, own: Moments | None, before: Tensor | None, norm: Normalization,
+    every: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Find what a norm of b = act(s1 x + t1) amounts to; `own` are the moments of b, if known.
 
     Returns what `norm_finalize` does (6, N, C). And, where other processes share the statistics,
-    their mean and unbiased variance (1, C); else none. Running statistics are updated by that pass,
-    if it can (`norm.updates`).
+    given what they sent (`gathered`), their mean and unbiased variance (1, C); else none. Running
+    statistics are updated by that pass, if it can (`norm.updates`).
     """
-    n, pool = x.shape[0], norm.pool
-    pooling = pool.pooling()
+    n, pooling = x.shape[0], norm.pool.pooling()
     given = before, norm.gamma, norm.beta, norm.eps
-    if own is None and norm.fixed is None and pool.process_group is None:
+    if own is None and norm.fixed is None:
         if norm.updates():
             tables = ops.norm_statistics_running(x, p, *given, *norm.running[:4])  # type: ignore
         else:
             tables = ops.norm_statistics(x, p, *given, pooling)
         return tables, None, None
-    if own is None and norm.fixed is None:
-        own = ops.moments(x, p)
     if norm.fixed is not None:
         dtype = torch.promote_types(x.dtype, torch.float32)
         own, pooling = Moments(*(one.to(dtype).repeat(n, 1) for one in norm.fixed)), FIXED
     assert own is not None
     found, of_all, voxels = own, (None, None), math.prod(x.shape[2:])
-    if norm.fixed is None and pool.process_group is not None:
-        local = ops.norm_finalize(own, before, None, None, norm.eps, 0, pooling)
-        mine = Moments(local[0], local[1])
-        pooled, total = _moments_of_all(mine, n * voxels, pool.process_group)
-        of_all = pooled.mean, pooled.var * (total / (total - 1).clamp(min=1))
-        found, pooling = Moments(*(one.repeat(n, 1) for one in pooled)), FIXED
+    if every is not None:
+        mean, var, unbiased = _of_all(every)
+        of_all = mean, unbiased
+        found, pooling = Moments(mean.expand(n, -1), var.expand(n, -1)), FIXED
     if norm.updates():
         kept: Any = norm.running[:4]  # type: ignore[index]
         return ops.norm_finalize_running(found, *given, voxels, *kept), None, None
@@ -139,17 +135,19 @@ def norm_gradients(
     x: Tensor,
     p: Prologue,
     outer: bool,
-) -> tuple[Tensor, Tensor, Tensor, Fold | None]:
+    total: Tensor | None = None,
+) -> tuple[Any, ...]:
     """Return the gradients of gamma and beta (C,), of a bias before, what flows through statistics.
 
-    The bias is added to b: its gradient needs no pass over an image.
+    The bias is added to b: its gradient needs no pass over an image. Where other processes share
+    the statistics, two tensors are returned at first: sums (3, C), and what all are to add up.
 
     Parameters
     ----------
     tables : Tables
         What `standardize` found, by name, and the factors before and after the norm.
     sums : (>= 2, N, C) tensor, optional
-        Sums of G and of G (b - centre), if they are known.
+        Sums of G and of G (b - centre), if they are known; with a total, those returned at first.
     g, x : (N, C, *X) tensor
         The gradient of z, and the image, with the transform p; `outer`: as for `ops.norm_sums`.
     """
@@ -157,39 +155,51 @@ def norm_gradients(
     given = (mean, tables.rstd, centre, tables.before)
     pooling = FIXED if norm.fixed is not None or group is not None else norm.pool.pooling()
     gamma, voxels = norm.gamma, math.prod(x.shape[2:])
+    if total is not None:
+        assert sums is not None
+        dgamma, dbeta, dbias = sums.unbind()
+        m1, m0 = (total[:-1] / total[-1]).reshape(2, -1).unbind()
+        a, slope = reference.norm_fold(m0, m1, *given)
+        return dgamma, dbeta, dbias + voxels * a.sum(0), Fold(a, slope, centre)
     if sums is None:
         shares = ops.norm_sums(g, x, p, *given, tables.after, gamma, outer, pooling)
     else:
         shares = ops.norm_finalize_backward(sums, *given, tables.after, gamma, voxels, pooling)
-    dgamma, dbeta, dbias = added(shares[:3], 1).unbind()
-    if norm.fixed is not None:
-        return dgamma, dbeta, dbias, None
-    if group is None:
-        return dgamma, dbeta, dbias, Fold(shares[3], shares[4], centre)
-    k = 1.0 if gamma is None else gamma.to(dbeta.dtype)
-    own = torch.stack([dbeta * k, dgamma * k])
-    m0, m1 = _mean_of_all(own, mean.shape[0] * voxels, group)
-    a, slope = reference.norm_fold(m0, m1, *given)
-    return dgamma, dbeta, dbias + voxels * a.sum(0), Fold(a, slope, centre)
+    own = added(shares[:3], 1)
+    if group is not None:
+        k = 1.0 if gamma is None else gamma.to(own.dtype)
+        return own, _counted(own[:2] * k, mean.shape[0] * voxels)
+    return *own.unbind(), None if norm.fixed is not None else Fold(shares[3], shares[4], centre)
 
 
-def _moments_of_all(own: Moments, count: int, group: Any) -> tuple[Moments, Tensor]:
-    """Those of a batch that is spread over processes (1, C), by the formula of Chan et al. (1979),
-    and of how many values they are. A process may have no sample: its share is zeros."""
-    c = own.mean.shape[1]
-    mine = (own.mean[:1].sum(0), own.var[:1].sum(0))
-    sent = torch.cat([*mine, own.mean.new_full((1,), count)])
-    every = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(every, sent, group=group)
-    means, variances, counts = torch.stack(every).split([c, c, 1], dim=1)
-    weights = counts / counts.sum()
+def statistics(
+    x: Tensor, p: Prologue, own: Moments | None, before: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Return the moments of b, and mean, variance and count of all here, which others are sent."""
+    own = ops.moments(x, p) if own is None else own
+    local = ops.norm_finalize(own, before, None, None, 1.0, 0, Pooling("batch"))
+    mine = local[:2, :1].sum(1)  # zeros, where there is no sample
+    return *own, _counted(mine, x.shape[0] * math.prod(x.shape[2:]))
+
+
+def gathered(sent: Tensor, group: Any) -> Tensor:
+    """Return what the processes of a group have sent, each of them a row."""
+    every = sent.new_empty((dist.get_world_size(group), *sent.shape))
+    dist.all_gather([*every.unbind()], sent, group=group)
+    return every
+
+
+def _counted(values: Tensor, count: int) -> Tensor:
+    return torch.cat([values.reshape(-1), values.new_full((1,), count)])
+
+
+def _of_all(every: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean, variance and unbiased variance (1, C), by the formula of Chan et al. (1979)."""
+    c = every.shape[1] // 2
+    means, variances, counts = every.split([c, c, 1], dim=1)
+    total = counts.sum()
+    weights = counts / total
     mean = (weights * means).sum(0, keepdim=True)
-    var = (weights * (variances + (means - mean).square())).sum(0, keepdim=True)
-    return Moments(mean, var), counts.sum()
-
-
-def _mean_of_all(sums: Tensor, count: int, group: Any) -> Tensor:
-    """Sums (..., C) over all processes, by the number of values that they are of."""
-    total = torch.cat([sums.reshape(-1), sums.new_full((1,), count)])
-    dist.all_reduce(total, group=group)
-    return (total[:-1] / total[-1]).reshape(sums.shape)
+    apart = means - mean
+    var = (weights * torch.addcmul(variances, apart, apart)).sum(0, keepdim=True)
+    return mean, var, var * (total / (total - 1).clamp(min=1))

@@ -71,6 +71,10 @@ class Steps(NamedTuple):
         is_plain = self.factors[0] is None and self.activation.name != "prelu"
         return self.activation if is_plain else None
 
+    def inner(self, tables: Tables) -> Prologue:
+        """Return what precedes the norm."""
+        return NOTHING if self.word[0] == "n" else tables.prologue(self.activation)
+
     def parameters(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return gamma, beta and the weight of PReLU, which may need gradients."""
         norm = self.norm
@@ -132,7 +136,7 @@ def _affine(factor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 
 
 def normalized(
-    x: Tensor, steps: Steps, tables: Tables, own: Moments | None
+    x: Tensor, steps: Steps, tables: Tables, own: Moments | None, every: Tensor | None = None
 ) -> tuple[Tensor | None, ...]:
     """Find what the norm amounts to, on an image x; `own` are the moments it needs, if known.
 
@@ -143,8 +147,7 @@ def normalized(
     gamma, beta, eps, pool, fixed, running = norm
     if after is not None:  # nothing is changed before the end
         norm = Normalization(gamma, beta, eps, pool, fixed)
-    inner = NOTHING if steps.word[0] == "n" else tables.prologue(steps.activation)
-    found = standardize(x, inner, own, tables.before, norm)
+    found = standardize(x, steps.inner(tables), own, tables.before, norm, every)
     if after is not None:
         table, *others = found
         assert table is not None
@@ -168,12 +171,13 @@ def completed(tables: Tables, word: str, found: Sequence[Tensor | None]) -> Tabl
 
 def gradients(
     g: Tensor, sums: Tensor | None, x: Tensor, steps: Steps, tables: Tables,
-    needs: tuple[bool, bool, bool, bool],
+    needs: tuple[bool, bool, bool, bool], total: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return the gradients of x, gamma, beta and PReLU's weight that are needed.
 
     And, if it takes no pass over an image, the sums (C,) of the gradient of x, which are that of a
-    bias.
+    bias. Where processes share statistics, what `norm_gradients` returns at first, until the total
+    of all is given.
 
     Parameters
     ----------
@@ -188,7 +192,10 @@ def gradients(
     prologue, norm = tables.prologue(steps.activation), steps.norm
     outer = steps.word == "an"
     if norm is not None and (norm.fixed is None or needs[1] or needs[2]):
-        dgamma, dbeta, dbias, fold = norm_gradients(norm, tables, sums, g, x, prologue, outer)
+        found = norm_gradients(norm, tables, sums, g, x, prologue, outer, total)
+        if norm.pool.process_group is not None and total is None:
+            return found
+        dgamma, dbeta, dbias, fold = found
     if needs[3]:  # after the norm, which has its share in the gradient of what precedes it
         weight = steps.weight
         assert weight is not None

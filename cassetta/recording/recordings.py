@@ -90,11 +90,8 @@ def run(
             except tape.Changed:  # recorded anew, once
                 _keep(key, NEVER if key in _changed else SEEN)
                 _changed.add(key)
-            except (
-                tape.Unrecordable,
-                torch.OutOfMemoryError,
-            ):  # a tape frees nothing before its end
-                if found is not SEEN:
+            except (tape.Unrecordable, torch.OutOfMemoryError):
+                if found is not SEEN:  # a tape frees nothing before its end
                     raise
                 _keep(key, NEVER)
         return function(*tensors)
