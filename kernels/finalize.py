@@ -61,6 +61,26 @@ def update_running(
         tl.store(batches_ptr, tl.load(batches_ptr) + 1)
 
 
+@triton.jit
+def store_statistics(
+    own, var, before_ptr, gamma_ptr, beta_ptr, out_ptr, running_mean_ptr, running_var_ptr,
+    batches_ptr, eps, unbiased, momentum, size, n, c, C,
+):  # fmt: skip
+    """What a norm makes of moments of channels c of a sample n, each of which is a pool."""
+    at, inside = n * C + c, c < C
+    before = entry(before_ptr, at, inside, 1.0)
+    mean, var = before * own, before * before * var
+    if batches_ptr is not None:
+        update_running(
+            running_mean_ptr, running_var_ptr, batches_ptr, c, inside, mean, var * unbiased,
+            momentum,
+        )  # fmt: skip
+    store_tables(
+        out_ptr + at, size, inside, own, mean, var, before, entry(gamma_ptr, c, inside, 1.0),
+        entry(beta_ptr, c, inside, 0.0), eps, unbiased,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=_ONE_KERNEL_FOR_ALL)
 def _norm_finalize_kernel(
     mean_ptr, var_ptr, before_ptr, gamma_ptr, beta_ptr, out_ptr, eps, unbiased,
@@ -169,6 +189,25 @@ def store_fold(
     tl.store(out, before * rstd * gamma * dbeta + voxels * a, mask=inside)
     tl.store(out + size, a, mask=inside)
     tl.store(out + 2 * size, k, mask=inside)
+
+
+@triton.jit
+def store_gradient(
+    g, gb, out_ptr, mean_ptr, rstd_ptr, centre_ptr, before_ptr, after_ptr, gamma_ptr, size,
+    n, c, C, voxels, FIXED: tl.constexpr,
+):  # fmt: skip
+    """What its gradient makes of sums over channels c of a sample n, each of which is a pool."""
+    at, inside = n * C + c, c < C
+    dgamma, dbeta, rstd, apart, before = shares(
+        g, gb, mean_ptr, rstd_ptr, centre_ptr, before_ptr, after_ptr, at, inside
+    )
+    gamma = entry(gamma_ptr, c, inside, 1.0)
+    tl.store(out_ptr + at, dgamma, mask=inside)
+    tl.store(out_ptr + size + at, dbeta, mask=inside)
+    store_fold(
+        out_ptr + 2 * size + at, size, inside, dbeta, gamma, dbeta * gamma / voxels,
+        dgamma * gamma / voxels, rstd, apart, before, voxels * 1.0, FIXED,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_ONE_KERNEL_FOR_ALL)

@@ -227,14 +227,15 @@ norm_finalize_backward = PassRecord(
 ).stated()  # fmt: skip
 
 
-def _seen_whole(s: Sample, n: int) -> tuple[Tensor, Any, Tensor | None, Tensor | None]:
-    """So few voxels that one program sees a pool: an image, p, a factor and gamma."""
-    c, size = s.shape[1], tuple(min(2, length) for length in s.shape[2:])
+def _normalized(s: Sample, n: int) -> Iterator[tuple[Tensor, Any, Tensor | None, Tensor | None]]:
+    """An image, p, a factor and gamma: where a program sees a pool, and of chunks."""
+    c, size = s.shape[1], s.shape[2:]
     slope = None if s.p.slope is None else s.table(n, c)
     affine = (s.table(n, c), s.table(n, c)) if s.full else (None, None)
     factor, gamma = (s.table(n, c), s.weights(c)) if s.full else (None, None)
     pending = Prologue(*affine, s.p.activation, slope, *affine)
-    return s.image((n, c, *size)), pending, factor, gamma
+    for kept in (tuple(min(2, length) for length in size), size):
+        yield s.image((n, c, *kept)), pending, factor, gamma
 
 
 norm_statistics = PassRecord(
@@ -242,7 +243,7 @@ norm_statistics = PassRecord(
     lambda x, *rest: layout.tables(x, 6),
     lambda s: [
         (x, p, factor, gamma, gamma, 1e-5, Pooling("instance"))
-        for x, p, factor, gamma in [_seen_whole(s, s.shape[0])]
+        for x, p, factor, gamma in _normalized(s, s.shape[0])
     ],
 ).stated()  # fmt: skip
 
@@ -251,7 +252,7 @@ norm_statistics_running = PassRecord(
     lambda x, *rest: layout.tables(x, 6),
     lambda s: [
         (x, p, factor, gamma, gamma, 1e-5, s.table(c), s.table(c), s.counter, 0.1)
-        for c in s.shape[1:2] for x, p, factor, gamma in [_seen_whole(s, 1)]
+        for c in s.shape[1:2] for x, p, factor, gamma in _normalized(s, 1)
     ],
     changes=("mean", "var", "batches"),
 ).stated()  # fmt: skip
@@ -260,7 +261,7 @@ norm_sums = PassRecord(
     reference.norm_sums, "reductions.norm_sums", lambda g, x, *rest: layout.tables(x, 5),
     lambda s: [
         (x, x, p, s.one, s.one, s.one, factor, factor, gamma, s.other, Pooling("instance"))
-        for x, p, factor, gamma in [_seen_whole(s, s.shape[0])]
+        for x, p, factor, gamma in _normalized(s, s.shape[0])
     ],
     judge="x",
 ).stated()  # fmt: skip

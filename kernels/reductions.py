@@ -28,8 +28,8 @@ from cassetta.kernels.types import Fold, Moments, Pooling, Prologue
 def _moments_kernel(
     x_ptr, mean_ptr, m2_ptr, count_ptr, s1_ptr, t1_ptr, slope_ptr, s2_ptr, t2_ptr, r_ptr, z_ptr,
     before_ptr, gamma_ptr, beta_ptr, out_ptr, running_mean_ptr, running_var_ptr, batches_ptr,
-    eps, unbiased, momentum,
-    p, q, C, V, x_n, x_c, x_v, r_n, r_c, r_v, z_n, z_c, z_v, chunks, c_blocks, loops, size,
+    eps, unbiased, momentum, size,
+    p, q, C, V, x_n, x_c, x_v, r_n, r_c, r_v, z_n, z_c, z_v, chunks, c_blocks, loops,
     ACT: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
     WORDS: tl.constexpr,
 ):  # fmt: skip
@@ -75,24 +75,18 @@ def _moments_kernel(
         tl.store(m2_ptr + out, spread, mask=inside)
         tl.store(count_ptr + chunk + c * 0, voxels, mask=n + c == 0)
     else:  # a single chunk, and a pool of its own
-        before = finalize.entry(before_ptr, out, inside, 1.0)
-        mean, var = before * whole, before * before * spread
-        if batches_ptr is not None:
-            finalize.update_running(
-                running_mean_ptr, running_var_ptr, batches_ptr, c, inside, mean, var * unbiased,
-                momentum,
-            )  # fmt: skip
-        finalize.store_tables(
-            out_ptr + out, size, inside, whole, mean, var, before,
-            finalize.entry(gamma_ptr, c, inside, 1.0), finalize.entry(beta_ptr, c, inside, 0.0),
-            eps, unbiased,
+        finalize.store_statistics(
+            whole, spread, before_ptr, gamma_ptr, beta_ptr, out_ptr, running_mean_ptr,
+            running_var_ptr, batches_ptr, eps, unbiased, momentum, size, n, c, C,
         )  # fmt: skip
 
 
 @triton.jit
 def _combine_kernel(
-    mean_ptr, m2_ptr, count_ptr, out_mean_ptr, out_m2_ptr, out_count_ptr, C, chunks, some, outs,
-    c_blocks, LAST: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+    mean_ptr, m2_ptr, count_ptr, out_mean_ptr, out_m2_ptr, out_count_ptr,
+    before_ptr, gamma_ptr, beta_ptr, out_ptr, running_mean_ptr, running_var_ptr, batches_ptr,
+    eps, unbiased, momentum, size, C, chunks, some, outs, c_blocks,
+    LAST: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     out, n, c = tile.place(outs, c_blocks, BLOCK_C)
     mean = tl.zeros((BLOCK_C,), tl.float32)
@@ -119,29 +113,40 @@ def _combine_kernel(
         start += BLOCK_V
     if LAST:
         m2 = m2 / count  # the variance
-    at = (n * outs + out) * C + c
-    tl.store(out_mean_ptr + at, mean, mask=c < C)
-    tl.store(out_m2_ptr + at, m2, mask=c < C)
-    tl.store(out_count_ptr + out + c * 0, count, mask=n + c == 0)
+    if out_ptr is None:
+        at = (n * outs + out) * C + c
+        tl.store(out_mean_ptr + at, mean, mask=c < C)
+        tl.store(out_m2_ptr + at, m2, mask=c < C)
+        tl.store(out_count_ptr + out + c * 0, count, mask=n + c == 0)
+    else:  # the last stage, and a pool of its own
+        finalize.store_statistics(
+            mean, m2, before_ptr, gamma_ptr, beta_ptr, out_ptr, running_mean_ptr, running_var_ptr,
+            batches_ptr, eps, unbiased, momentum, size, n, c, C,
+        )  # fmt: skip
 
 
-def combine(means: Tensor, m2s: Tensor, counts: Tensor) -> Moments:
+_NO_NORM = *[None] * 7, 0.0, 0.0, 0.0, 0
+
+
+def combine(means: Tensor, m2s: Tensor, counts: Tensor, norm: Any = _NO_NORM) -> Any:
     """The moments of images from means and squared deviations of their chunks (N, chunks, C).
 
     `counts` (chunks,) says of how many voxels each chunk is, in float32. Of a single chunk, what is
-    given is the variance.
+    given is the variance. Of several, the last stage may go on with the algebra of a norm, which
+    leaves no moments.
     """
-    n, chunks, c = means.shape
+    (n, chunks, c), parts = means.shape, [means, m2s, counts]
     while chunks > 1:
         config = configs.over_chunks(n, chunks, c)
-        *out, some = partial(n, config.chunks, c, means.device)
+        own = norm if config.chunks == 1 else _NO_NORM
+        out = partial(n, config.chunks, c, means.device) if own is _NO_NORM else [None] * 3
         tile.launch(
             _combine_kernel, means, config,
-            means, m2s, counts, *out, some, c, chunks, config.loops * config.block_v,
-            config.chunks, config.c_blocks, LAST=config.chunks == 1,
+            *parts, *out, *own, c, chunks, config.loops * config.block_v, config.chunks,
+            config.c_blocks, LAST=config.chunks == 1,
         )  # fmt: skip
-        (means, m2s), counts, chunks = out, some, config.chunks
-    return Moments(means[:, 0], m2s[:, 0])
+        parts, chunks = out, config.chunks
+    return None if norm is not _NO_NORM else Moments(parts[0][:, 0], parts[1][:, 0])
 
 
 def partial(n: int, chunks: int, c: int, device: torch.device) -> list[Tensor]:
@@ -173,31 +178,19 @@ def _statistics(
     x: Tensor, p: Prologue, before: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
     eps: float, pooling: Pooling, *running: Any,
 ) -> Tensor:  # fmt: skip
-    """By the kernel of the moments alone, where one program sees all of a pool."""
+    """By the kernels of the moments alone, where each channel of each sample is a pool."""
     n, c = x.shape[:2]
-    x, strides = tile.strided(x)
     *kept, momentum = running
-    if _is_seen_whole("moments", x, strides, pooling):
+    if pooling.pools(n, c)[1] == 1:
         out = torch.empty(6, n, c, dtype=torch.float32, device=x.device)
         own = *map(finalize.dense, (before, gamma, beta)), out, *kept
-        numbers = eps, pooling.unbiased(n, c, tile.voxels(x)), momentum
+        numbers = eps, pooling.unbiased(n, c, tile.voxels(x)), momentum, n * c
         _moments(x, p, None, None, (*own, *numbers))
         return out
     given = moments(x, p), before, gamma, beta, eps, tile.voxels(x)
     if kept[-1] is None:
         return finalize.norm_finalize(*given, pooling)
     return finalize.norm_finalize_running(*given, *running)
-
-
-def _is_seen_whole(
-    name: str, x: Tensor, strides: tuple[int, int, int], pooling: Pooling
-) -> bool:  # fmt: skip
-    """Tell whether a pass has one chunk, and each channel of each sample is a pool."""
-    _, members, *_ = pooling.pools(*x.shape[:2])
-    return members == 1 and configs.of(name, x, strides, reduce=True).chunks == 1
-
-
-_NO_NORM = *[None] * 7, 0.0, 0.0, 0.0
 
 
 def materialize_moments(
@@ -209,10 +202,10 @@ def materialize_moments(
 
 def _moments(
     x: Tensor, p: Prologue, residual: Tensor | None, z: Tensor | None, norm: Any = _NO_NORM
-) -> Moments:
+) -> Any:
     """Of z, which is written; or, if there is no z to write, of what is before its last affine.
 
-    Of a single chunk the kernel may go on with the algebra of a norm; it leaves no moments then.
+    The last kernel may go on with the algebra of a norm; it leaves no moments then.
     """
     name = "moments" if z is None else "materialize_moments"
     x, x_strides = tile.strided(x)
@@ -221,17 +214,18 @@ def _moments(
     n, c = x.shape[:2]
     config = configs.of(name, x, x_strides, reduce=True)
     config = config._replace(registers=128)  # left to itself, ptxas keeps to 64, and spills
-    parts: Any = partial(n, config.chunks, c, x.device) if norm is _NO_NORM else [None] * 3
+    own = norm if config.chunks == 1 else _NO_NORM
+    parts: Any = partial(n, config.chunks, c, x.device) if own is _NO_NORM else [None] * 3
     images = [one for one in (x, residual, z) if one is not None]
     last = (None, None) if z is None else (p.s2, p.t2)
     tile.launch(
         _moments_kernel, x, config,
-        x, *parts, p.s1, p.t1, p.slope, *last, residual, z, *norm,
+        x, *parts, p.s1, p.t1, p.slope, *last, residual, z, *own,
         p.activation.p, p.activation.q, c, tile.voxels(x), *x_strides, *r_strides, *z_strides,
-        config.chunks, config.c_blocks, config.loops, n * c,
+        config.chunks, config.c_blocks, config.loops,
         ACT=p.activation.name, WIDE=tile.is_wide(*images), WORDS=tile.in_words(*images),
     )  # fmt: skip
-    return combine(*parts) if norm is _NO_NORM else Moments(*parts[:2])
+    return combine(*parts, norm) if own is _NO_NORM else None
 
 
 @triton.jit
@@ -280,16 +274,32 @@ def _prologue_sums_kernel(
         tl.store(out_ptr + size + out, hb, mask=inside)
         tl.store(out_ptr + 2 * size + out, tl.sum(sum_slope, 0), mask=inside)
     else:  # a single chunk, and a pool of its own
-        dgamma, dbeta, rstd, apart, before = finalize.shares(
-            h, hb, mean_ptr, rstd_ptr, centre_ptr, before_ptr, after_ptr, out, inside
-        )
-        gamma = finalize.entry(gamma_ptr, c, inside, 1.0)
-        tl.store(out_ptr + out, dgamma, mask=inside)
-        tl.store(out_ptr + size + out, dbeta, mask=inside)
-        finalize.store_fold(
-            out_ptr + 2 * size + out, size, inside, dbeta, gamma, dbeta * gamma / V,
-            dgamma * gamma / V, rstd, apart, before, V * 1.0, FIXED,
+        finalize.store_gradient(
+            h, hb, out_ptr, mean_ptr, rstd_ptr, centre_ptr, before_ptr, after_ptr, gamma_ptr, size,
+            n, c, C, V, FIXED,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["V", "N", "chunks", "c_blocks"])
+def _norm_sums_kernel(
+    sums_ptr, out_ptr, mean_ptr, rstd_ptr, before_ptr, after_ptr, gamma_ptr, centre_ptr, C, V, N,
+    chunks, c_blocks, FIXED: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    _, n, c = tile.place(1, c_blocks, BLOCK_C)
+    h = tl.zeros((BLOCK_V, BLOCK_C), tl.float32)
+    hb = tl.zeros((BLOCK_V, BLOCK_C), tl.float32)
+    start = 0
+    while start < chunks:
+        k = start + tl.arange(0, BLOCK_V)
+        inside = (k < chunks)[:, None] & (c < C)[None, :]
+        at = sums_ptr + (n.to(tl.int64) * chunks + k)[:, None] * C + c[None, :]
+        h += tl.load(at, mask=inside, other=0.0)
+        hb += tl.load(at + N.to(tl.int64) * chunks * C, mask=inside, other=0.0)
+        start += BLOCK_V
+    finalize.store_gradient(
+        tl.sum(h, 0), tl.sum(hb, 0), out_ptr, mean_ptr, rstd_ptr, centre_ptr, before_ptr, after_ptr,
+        gamma_ptr, N * C, n, c, C, V, FIXED,
+    )  # fmt: skip
 
 
 def prologue_sums(
@@ -303,9 +313,8 @@ def norm_sums(
     before: Tensor | None, after: Tensor | None, gamma: Tensor | None, outer: bool,
     pooling: Pooling,
 ) -> Tensor:  # fmt: skip
-    own, (x, strides) = (mean, rstd, before, after, gamma), tile.strided(x)
-    if _is_seen_whole("prologue_sums", x, strides, pooling):
-        norm = *map(finalize.dense, own), pooling.kind == "fixed"
+    if pooling.pools(*x.shape[:2])[1] == 1:
+        norm = *map(finalize.dense, (mean, rstd, before, after, gamma)), pooling.kind == "fixed"
         return _sums(g, x, p, finalize.dense(centre), None, outer, norm)[:, :, 0]
     sums = prologue_sums(g, x, p, centre, None, outer)
     return finalize.norm_finalize_backward(
@@ -320,12 +329,13 @@ def _sums(
     g: Tensor, x: Tensor, p: Prologue, centre: Any, fold: Fold | None, after: bool,
     norm: Any = _NO_GRADIENT,
 ) -> Tensor:  # fmt: skip
-    """Of each chunk (3, N, chunks, C); or, of a single one, what they amount to (5, N, 1, C)."""
+    """Of each chunk (3, N, chunks, C); or, of a norm, what they amount to (5, N, 1, C)."""
     g, g_strides = tile.strided(g)
     x, x_strides = tile.strided(x)
     n, c = x.shape[:2]
     config = configs.of("prologue_sums", x, x_strides, reduce=True)
-    rows, (*own, is_fixed) = 3 if norm is _NO_GRADIENT else 5, norm
+    *own, is_fixed = norm if config.chunks == 1 else _NO_GRADIENT
+    rows = 3 if own[0] is None else 5
     out = torch.empty(rows, n, config.chunks, c, dtype=torch.float32, device=x.device)
     tile.launch(
         _prologue_sums_kernel, x, config,
@@ -335,5 +345,23 @@ def _sums(
         config.c_blocks, config.loops,
         ACT=p.activation.name, AFTER=after, FIXED=is_fixed, WIDE=tile.is_wide(g, x),
         WORDS=tile.in_words(g, x),
+    )  # fmt: skip
+    return out if norm is _NO_GRADIENT or rows == 5 else _with_gradient(out, x, centre, norm)
+
+
+def _with_gradient(sums: Tensor, x: Tensor, centre: Any, norm: Any) -> Tensor:
+    """What the sums of several chunks amount to; torch adds those of very many."""
+    _, n, chunks, c = sums.shape
+    config = configs.over_chunks(n, chunks, c)
+    if config.chunks != 1:
+        sums, chunks = sums.sum(2), 1
+        config = configs.over_chunks(n, chunks, c)
+    elif config.loops > 1:  # each of which waits for memory
+        config = config._replace(block_v=256, warps=8)
+    *own, is_fixed = norm
+    out = torch.empty(5, n, 1, c, dtype=torch.float32, device=x.device)
+    tile.launch(
+        _norm_sums_kernel, x, config,
+        sums, out, *own, centre, c, tile.voxels(x), n, chunks, config.c_blocks, FIXED=is_fixed,
     )  # fmt: skip
     return out

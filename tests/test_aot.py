@@ -207,7 +207,7 @@ for built in found:
     assert out == ""
 
 
-@pytest.mark.parametrize(("engine", "nb_kernels"), [("library", 9), ("gemm", 10)])
+@pytest.mark.parametrize(("engine", "nb_kernels"), [("library", 8), ("gemm", 11)])
 def test_the_first_step_of_a_network_compiles_in_a_minute(engine, nb_kernels, tmp_path):
     """All that the passes of a 3-D U-Net compile, cold: sizes are no constants of kernels."""
     out = run(

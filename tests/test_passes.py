@@ -1,5 +1,6 @@
 """The passes in Triton against float64: right to rounding, in every dtype, layout and shape."""
 
+import importlib
 import math
 from types import SimpleNamespace
 
@@ -8,8 +9,10 @@ import torch
 from conftest import RUNNER
 from torch.nn import functional
 
-from cassetta.kernels import activations, dispatch, reference
+from cassetta.kernels import activations, configs, dispatch, plans, reference
 from cassetta.kernels.types import Activation, Fold, Moments, Pooling, Prologue
+
+from compare import Counted
 
 # numpy says when exp overflows, which leads to the right limits
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -431,6 +434,92 @@ def test_a_norm_of_an_image(pooling, shape, full, dtype, last, kernels):
             scale += math.prod(size) * truth[3].abs().max().item()
         off = [(one[name].double() - expected).abs().max().item() for one in (ours, same)]
         assert off[0] <= 2 * off[1] + SLACK[torch.float32] * scale, name
+
+
+@pytest.fixture(params=[(False, False), (False, True), (True, False), (True, True)], ids=str)
+def chunked(request, monkeypatch):
+    """Whether channels come last, and whether there are more chunks than a program combines."""
+    last, many = request.param
+    if many:
+        monkeypatch.setattr(configs, "REDUCED", 2)
+    with plans.use_plan(plans.Plan(16 * 32 if last else 16, 4)):
+        yield last, many
+
+
+def of_chunks(n, c, last, device):
+    """An image of 70 chunks of each channel, if it is visited as `chunked` has it."""
+    x = 3 + torch.randn(n, c, 1120)
+    return (x.mT.contiguous().mT if last else x).to(device)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize(
+    "pooling", [Pooling("batch"), Pooling("instance"), Pooling("fixed")], ids=str
+)
+def test_a_norm_of_chunks(pooling, full, chunked, kernels):
+    """Also where stages combine them, and channels do not fill the last tile."""
+    last, _ = chunked
+    shape = (1 if pooling.kind == "batch" else 2, 21 if last else 3, 1120)
+    test_a_norm_of_an_image(pooling, shape, full, torch.float32, last, kernels)
+
+
+def test_a_norm_of_chunks_is_two_launches(chunked, kernels, monkeypatch):
+    """The one that combines them goes on with the algebra; only where they are many, stages do."""
+    last, many = chunked
+    x = of_chunks(1, 21 if last else 3, last, kernels)
+    passes, tile = dispatch.passes(x), importlib.import_module("cassetta.kernels.tile")
+    table, row = torch.ones(1, x.shape[1]).to(kernels), torch.ones(x.shape[1]).to(kernels)
+    launched, launch = [], tile.launch
+
+    def spy(kernel, *args, **constants):
+        launched.append(kernel.__name__)
+        launch(kernel, *args, **constants)
+
+    monkeypatch.setattr(tile, "launch", spy)
+    given, several = (x, Prologue(), None, row, row, 1e-5), 1 + many
+    with Counted() as counted:
+        passes.norm_statistics(*given, Pooling("instance"))
+        passes.norm_statistics_running(
+            *given, row.clone(), row.clone(), torch.tensor(0).to(kernels), 0.1
+        )
+    assert launched == ["_moments_kernel", *["_combine_kernel"] * several] * 2
+    launched.clear()
+    assert counted.count("aten.sum") == 0
+    with Counted() as counted:
+        passes.norm_sums(
+            x, x, Prologue(), *[table] * 3, None, None, row, False, Pooling("instance")
+        )  # fmt: skip
+    assert launched == ["_prologue_sums_kernel", "_norm_sums_kernel"]
+    assert counted.count("aten.sum") == many
+
+
+def test_nan_stays_in_its_channel_of_chunks(chunked, kernels):
+    last, _ = chunked
+    c = 21 if last else 3
+    x = of_chunks(1, c, last, kernels)
+    x[0, 1, 700] = float("nan")
+    table, row = torch.ones(1, c).to(kernels), torch.ones(c).to(kernels)
+    passes, p, kept = dispatch.passes(x), Prologue(activation=Activation("relu")), row.clone()
+    batches = torch.tensor(0).to(kernels)
+    tables = passes.norm_statistics(x, p, None, None, None, 1e-5, Pooling("instance"))
+    passes.norm_statistics_running(x, p, None, row, row, 1e-5, kept, row.clone(), batches, 0.1)
+    sums = passes.norm_sums(
+        x, x, p, *[table] * 3, None, None, row, False, Pooling("instance")
+    )  # fmt: skip
+    for found in (*tables.flatten(1), kept, *sums.flatten(1)):
+        assert found.isnan().nonzero().flatten().tolist() == [1]
+
+
+def test_variance_of_constant_chunks_is_not_negative(chunked, kernels):
+    last, _ = chunked
+    x = of_chunks(1, 21 if last else 3, last, kernels)
+    x.copy_((5 + 200 * torch.rand_like(x[..., :1])).expand_as(x))
+    p = problem(tuple(x.shape), torch.float32, "silu", True, kernels)[3]
+    passes = dispatch.passes(x)
+    _, var, rstd, *_ = passes.norm_statistics(x, p, None, None, None, 0.0, Pooling("instance"))
+    mean = passes.moments(x, p).mean  # which is off by a few roundings for each stage
+    assert ((var >= 0) & (var <= (32 * 2**-24 * (mean.abs() + 4)) ** 2)).all()
+    assert not rstd.isnan().any()
 
 
 @pytest.mark.parametrize("pooling", POOLINGS, ids=str)
