@@ -2,10 +2,14 @@
 
 import copy
 import importlib
+import re
+import traceback
+from pathlib import Path
 
 import pytest
 import torch
 
+import cassetta
 from cassetta.backbones import ATrousNet, ConvDecoder, ConvEncoder, MeshNet, UNet
 from cassetta.functional import Deferred, Normalization, Pool, Product, Running, convolved, defer
 from cassetta.kernels import dispatch, engines
@@ -267,3 +271,27 @@ def test_without_a_norm_torch_convolves_and_differentiates(activation, training)
     assert counted.count("cassetta") == 0
     if training:
         assert "NodeBackward" not in graph(out)
+
+
+def test_the_walk_from_a_forward_to_a_launch_is_that_of_design(kernels, monkeypatch):
+    """Of its first norm, from the outermost frame of ours."""
+    found = []
+
+    def launch(kernel, *args, **constants):
+        if not found and kernel.fn.__name__ == "_moments_kernel":
+            found.extend(one.name for one in traceback.extract_stack() if is_ours(one.filename))
+        return original(kernel, *args, **constants)
+
+    def is_ours(filename):
+        return str(Path(cassetta.__file__).parent) in filename or filename.startswith("<cassetta.")
+
+    tile = importlib.import_module("cassetta.kernels.tile")
+    original = tile.launch
+    monkeypatch.setattr(tile, "launch", launch)
+    UNet(1, [4, 4], nb_levels=2, norm="instance").to(kernels)(torch.randn(1, 4, 16, device=kernels))
+    text = Path(__file__).parent.parent.joinpath("DESIGN.md").read_text()
+    _, _, section = text.partition("### From `UNet.forward` to a launch")
+    rows = [row.split("|")[-2] for row in section.partition("\n### ")[0].splitlines() if "|" in row]
+    named = [name.rpartition(".")[2] for row in rows for name in re.findall("`([^`]+)`", row)]
+    assert found == named
+    assert f" {len(named)} frames of ours" in section
