@@ -1,14 +1,17 @@
 """Sites of a program that are one node give the bits that they give one by one."""
 
+import contextlib
 import copy
 import itertools
 
 import interpol  # noqa: F401 (with an old torch it compiles itself: before a test changes torch)
 import pytest
 import torch
+from test_programs import nothing_but_programs
 from test_recordings import assert_same, general, step
+from torch.utils.checkpoint import checkpoint
 
-from cassetta.backbones import MeshNet
+from cassetta.backbones import MeshNet, UNet
 from cassetta.functional import chains, sites
 from cassetta.layers import ConvGroup
 
@@ -95,6 +98,46 @@ def test_what_is_asked_for_alone(name, order, kernels, engine):
         with general():
             expected = asked(twin, image, wanted)
         assert_same(found, expected)
+
+
+def again(net, image):
+    return checkpoint(net, image, use_reentrant=False)
+
+
+def offloaded(net, image):
+    with torch.autograd.graph.save_on_cpu():
+        return net(image)
+
+
+@pytest.mark.parametrize("run", [again, offloaded])
+@pytest.mark.parametrize("name", ["batch", "unet"])
+def test_what_hooks_save_is_that_of_the_general_path(name, run, kernels, engine, monkeypatch):
+    """Programs have no chains there: what is saved is counted when it is computed again."""
+    torch.manual_seed(0)
+    net = {
+        "batch": lambda: ConvGroup(1, 4, nb_conv=3, norm="batch", dropout=0.5),
+        "unet": lambda: UNet(1, [4, 4], nb_levels=2, norm="instance"),
+    }[name]().to(kernels)
+    twin = copy.deepcopy(net)
+    inp = torch.randn(2, 4, 12, device=kernels)
+
+    def trained(one):
+        one.zero_grad()
+        torch.manual_seed(1)
+        out = run(one, inp.clone().requires_grad_())
+        found = nodes(out)
+        out.backward(out.detach().cos())
+        return found, [out.detach(), *(p.grad for p in one.parameters()), *one.buffers()]
+
+    for n in range(ROUNDS + 1):
+        with nothing_but_programs(monkeypatch) if n == ROUNDS else contextlib.nullcontext():
+            kinds, found = trained(net)
+        assert "Chain" not in kinds
+        with general():
+            assert_same(found, trained(twin)[1])
+    for _ in range(3):
+        out = net(inp)
+    assert ("Chain" in nodes(out)) == (name == "unet")  # without hooks, where nothing is dropped
 
 
 @pytest.mark.parametrize("frozen", [[0, 1], [2]], ids=str)

@@ -212,13 +212,6 @@ def observed(net, image):
     return bool(ran)
 
 
-def hooked(net, image):
-    seen = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: seen.append(x) or x, lambda x: x):
-        net(image.requires_grad_())
-    return bool(seen)
-
-
 def moded(net, image):
     seen = []
 
@@ -239,7 +232,7 @@ def replicated(net, image):
     return other(image).shape == image.shape
 
 
-@pytest.mark.parametrize("look", [observed, hooked, moded, replicated])
+@pytest.mark.parametrize("look", [observed, moded, replicated])
 def test_where_somebody_looks_there_is_no_program(look, kernels, monkeypatch):
     net = ConvGroup(1, 2, nb_conv=2).to(kernels)
     image = torch.randn(1, 2, 9, device=kernels)

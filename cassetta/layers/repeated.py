@@ -24,8 +24,8 @@ VARIANTS = 4
 """How many kinds of parameters are known at a time for a kind of image, such as frozen ones."""
 
 LOOKED_AT = (
-    "no kernel takes such an image, or somebody looks at operators, launches, modules or saved "
-    "tensors, or forbids replays"
+    "no kernel takes such an image, or somebody looks at operators, launches or modules, or "
+    "forbids replays"
 )
 """Why nothing is repeated, whatever the module."""
 
@@ -115,12 +115,8 @@ def _may_repeat(module: nn.Module, images: tuple[Any, ...], options: dict[str, A
         and recordings.may_replay(images[0])
         and not fusing.is_observed()
         and not torch_module._has_any_global_hook()
-        and _saving(False) is None
         and "_is_replica" not in module.__dict__
     )
-
-
-_saving: Any = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore
 
 
 def _key(images: tuple[Tensor, ...], options: dict[str, Any]) -> Any:
@@ -131,8 +127,20 @@ def _key(images: tuple[Tensor, ...], options: dict[str, Any]) -> Any:
     first = images[0]
     return (
         *options.items(), *forms, torch.is_inference_mode_enabled(), decisions.process(first),
-        recordings.settings(first),
+        recordings.settings(first), _are_saved_by_hooks(),
     )  # fmt: skip
+
+
+def _are_saved_by_hooks() -> bool:
+    """Tell whether hooks take what nodes save, as for checkpointing and offloading.
+
+    Blocks are then nodes of their own: what is saved is what the general path saves, one by one,
+    for a forward may be computed again in another way than at first.
+    """
+    return _saving(False) is not None
+
+
+_saving: Any = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore
 
 
 def _traced(
@@ -143,7 +151,7 @@ def _traced(
         return _Refused(why), forward(module, *images, **options)
     with programs.Trace(images, tensors) as trace:
         out = forward(module, *images, **options)
-    program = trace.program(out, chains.joined)
+    program = trace.program(out, None if _are_saved_by_hooks() else chains.joined)
     return _Refused(trace.why) if program is None else program, out
 
 

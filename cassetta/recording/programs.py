@@ -141,19 +141,20 @@ class Trace(TorchFunctionMode):
             _here.trace = self
 
     def program(
-        self, out: Any, joined: Callable[[Sequence[Call], Any], Sequence[Call]]
+        self, out: Any, joined: Callable[[Sequence[Call], Any], Sequence[Call]] | None = None
     ) -> Program | None:
         """Write the program that returns what is `out` here; None if there is none.
 
         Parameters
         ----------
-        joined : callable
+        joined : callable, optional
             Returns the calls of a program that returns `out`, several of them perhaps as one.
         """
         named = self._named(out)
         if self.why:
             return None
-        return _written(joined(_needed(self._calls, named), named), named, self._grad)
+        calls = _needed(self._calls, named)
+        return _written(joined(calls, named) if joined else calls, named, self._grad)
 
     def _noted(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         named, options = self._named(args), {key: self._named(x) for key, x in kwargs.items()}
