@@ -95,6 +95,7 @@ def pattern(launches, known):
 
 CASES = {
     "cndax instance": (lambda: ConvGroup(3, 16, nb_conv=2, norm="instance"), (1, 16, 4, 5, 6)),
+    "several chunks": (lambda: ConvGroup(3, 8, nb_conv=2, norm="instance"), (2, 8, 16, 16, 17)),
     "caxnd batch": (
         lambda: ConvGroup(3, 21, nb_conv=2, norm="batch", order="caxnd", dropout=0.3),
         (2, 21, 4, 5, 6),
