@@ -140,6 +140,20 @@ def test_what_hooks_save_is_that_of_the_general_path(name, run, kernels, engine,
     assert ("Chain" in nodes(out)) == (name == "unet")  # without hooks, where nothing is dropped
 
 
+def test_hooks_may_return_another_layout_than_before(kernels, engine):
+    """As `save_on_cpu` does, whose pinned memory is contiguous."""
+    torch.manual_seed(0)
+    net = ConvGroup(2, 4, nb_conv=2, norm="instance").to(kernels)
+    twin = copy.deepcopy(net)
+    inp = torch.randn(2, 4, 3, 5, device=kernels).contiguous(memory_format=torch.channels_last)
+    for n in range(ROUNDS + 3):
+        unpack = (lambda x: x.contiguous()) if n > ROUNDS else (lambda x: x)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
+            found = step(net, inp.clone().requires_grad_())
+            with general():
+                assert_same(found, step(twin, inp.clone().requires_grad_()))
+
+
 @pytest.mark.parametrize("frozen", [[0, 1], [2]], ids=str)
 def test_frozen_blocks(frozen, kernels, engine):
     torch.manual_seed(0)

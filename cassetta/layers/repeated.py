@@ -127,20 +127,8 @@ def _key(images: tuple[Tensor, ...], options: dict[str, Any]) -> Any:
     first = images[0]
     return (
         *options.items(), *forms, torch.is_inference_mode_enabled(), decisions.process(first),
-        recordings.settings(first), _are_saved_by_hooks(),
+        recordings.settings(first), recordings.are_saved_by_hooks(),
     )  # fmt: skip
-
-
-def _are_saved_by_hooks() -> bool:
-    """Tell whether hooks take what nodes save, as for checkpointing and offloading.
-
-    Blocks are then nodes of their own: what is saved is what the general path saves, one by one,
-    for a forward may be computed again in another way than at first.
-    """
-    return _saving(False) is not None
-
-
-_saving: Any = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore
 
 
 def _traced(
@@ -151,7 +139,8 @@ def _traced(
         return _Refused(why), forward(module, *images, **options)
     with programs.Trace(images, tensors) as trace:
         out = forward(module, *images, **options)
-    program = trace.program(out, None if _are_saved_by_hooks() else chains.joined)
+    # where saved tensors are counted, as by checkpoints, they are those of the general path
+    program = trace.program(out, None if recordings.are_saved_by_hooks() else chains.joined)
     return _Refused(trace.why) if program is None else program, out
 
 

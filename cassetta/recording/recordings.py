@@ -200,6 +200,14 @@ _level: Any = torch._C._functorch.maybe_current_level  # pyright: ignore
 _has_storage: Any = torch._C._has_storage
 
 
+def are_saved_by_hooks() -> bool:
+    """Tell whether hooks take what nodes save, and may return another kind (checkpointing, say)."""
+    return _saving(False) is not None
+
+
+_saving: Any = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore
+
+
 def alike(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """Return a function that tells of as many tensors whether they are of the kinds of these.
 
