@@ -3,19 +3,24 @@
 import contextlib
 import copy
 import itertools
+from functools import partial
 
 import interpol  # noqa: F401 (with an old torch it compiles itself: before a test changes torch)
 import pytest
 import torch
 from test_programs import nothing_but_programs
 from test_recordings import assert_same, general, step
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from cassetta.backbones import MeshNet, UNet
 from cassetta.functional import chains, sites
 from cassetta.layers import ConvGroup
 
-from compare import nodes_before
+from compare import assert_near, nodes_before
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 ROUNDS = 4
@@ -104,6 +109,29 @@ def again(net, image):
     return checkpoint(net, image, use_reentrant=False)
 
 
+def selectively(net, image):
+    """A checkpoint that holds what convolutions return, for it to be there again."""
+
+    def policy(context, operator, *arguments, **options):
+        keeps = operator == torch.ops.aten.convolution.default
+        return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    return checkpoint(net, image, use_reentrant=False, context_fn=contexts)
+
+
+@pytest.mark.parametrize("norm", [None, "instance"])
+def test_selective_checkpoints(norm, kernels, engine):
+    torch.manual_seed(0)
+    net = ConvGroup(1, 4, nb_conv=3, norm=norm).to(kernels)
+    image = torch.randn(2, 4, 12, device=kernels)
+    cotangent, parameters = torch.randn_like(image), [*net.parameters()]
+    expected = torch.autograd.grad(net(image), parameters, cotangent)
+    for _ in range(ROUNDS):
+        out = selectively(net, image.clone().requires_grad_())
+        assert_same(torch.autograd.grad(out, parameters, cotangent), expected)
+
+
 def offloaded(net, image):
     with torch.autograd.graph.save_on_cpu():
         return net(image)
@@ -138,6 +166,27 @@ def test_what_hooks_save_is_that_of_the_general_path(name, run, kernels, engine,
     for _ in range(3):
         out = net(inp)
     assert ("Chain" in nodes(out)) == (name == "unet")  # without hooks, where nothing is dropped
+
+
+def test_users_may_give_a_saved_image_other_data(kernels, engine):
+    torch.manual_seed(0)
+    net = ConvGroup(2, 4, nb_conv=2, norm="instance").to(kernels)
+    twin, image = copy.deepcopy(net), torch.randn(2, 4, 3, 5, device=kernels)
+    cotangent = torch.randn_like(image)
+
+    def gradients(one, changes):
+        inp = image.clone().requires_grad_()
+        out = one(inp)
+        if changes:
+            inp.data = inp.data.contiguous(memory_format=torch.channels_last)
+        return torch.autograd.grad(out, [inp, *one.parameters()], cotangent)
+
+    for n in range(ROUNDS + 3):
+        found = gradients(net, n > ROUNDS)
+        with general():
+            expected = gradients(twin, n > ROUNDS)
+        for one, other in zip(found, expected, strict=True):
+            assert_near(one, other, 1e-5)  # (another layout, another rounding)
 
 
 def test_hooks_may_return_another_layout_than_before(kernels, engine):

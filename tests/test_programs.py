@@ -355,7 +355,7 @@ def test_a_program_frees_what_nobody_reads_any_more():
 
     def function(x):
         for _ in range(4):
-            x, _unused = programs.called(made, x)
+            x, _unused = programs.calling(made)(x)
         return x
 
     known = []

@@ -8,6 +8,7 @@ from cassetta.layers import (
     Add,
     Cat,
     Conv,
+    ConvBlock,
     DoNothing,
     GlobalPool,
     Hadamard,
@@ -120,3 +121,13 @@ def test_global_pool_bad_arguments():
 def test_a_sum_of_different_shapes_is_refused():
     with pytest.raises(ValueError, match="different shapes"):
         ModuleSum([nn.Identity(), nn.AvgPool1d(2)])(torch.ones(1, 2, 4))
+
+
+def test_a_module_that_returns_several_tensors_is_named():
+    class Twice(nn.Module):
+        def forward(self, inp):
+            return inp, inp
+
+    net = ModuleGroup([ConvBlock(1, 4, 4), Twice(), ConvBlock(1, 4, 4)])
+    with pytest.raises(TypeError, match="Twice returns a tuple: within a group"):
+        net(torch.zeros(1, 4, 6))

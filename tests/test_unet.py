@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cassetta.backbones import UNet
+from cassetta.layers import ModuleGroup
 
 from compare import assert_gradients, assert_near, image
 
@@ -121,3 +122,11 @@ def test_bad_input():
     with pytest.raises(ValueError, match=r"\(1, 4, 8\)"):
         net(torch.ones(1, 4, 8))
     assert net.encoder[0][0].norm.num_batches_tracked == 0
+
+
+def test_an_encoder_that_was_exchanged_for_a_group():
+    net = UNet(2, [3, 4], nb_levels=2)
+    inp = image(2, 3, 8, 8)
+    expected = net.double()(inp)
+    net.encoder = ModuleGroup(list(net.encoder))
+    assert_near(net(inp), expected)

@@ -160,7 +160,7 @@ class UNet(LoadableMixin, nn.Module):
         encoder, levels = self.encoder, []  # what the decoder takes, the finest first
         if not self.skip:
             levels.append(defer(fusing.deferred_call(encoder)(x)))
-        elif fusing.defers(encoder):
+        elif isinstance(encoder, ConvEncoder) and fusing.defers(encoder):
             encoder.defer(x, levels)
         else:
             levels.extend(map(defer, encoder(x.z(), return_all=True)))

@@ -95,7 +95,10 @@ class Launch(NamedTuple):
                 y = run.transposed(x, NOTHING, *given)
             else:
                 y, _ = run.fprop(x, NOTHING, None, NOTHING, *given)
-            y = activations.apply_(y, steps.activation) if steps.word else y
+            if steps.word:  # (a selective checkpoint may hold what the convolution returns)
+                is_held = recordings.is_dispatched()
+                apply = activations.apply if is_held else activations.apply_
+                y = apply(y, steps.activation)
         return Image(y)
 
     def parameters(self, traces: bool) -> tuple[Tensor, Tensor | None, Any]:

@@ -29,9 +29,6 @@ _INPUTS, _SAVED = 8, 6
 _GRADIENTS = 0, 2, 4, 5, 6, 7, 8, 9, 1, 3
 """Where, among what `block.Backward` returns, are the gradients of the inputs, and of sums."""
 
-_EXPOSED = 2, 4, 5
-"""Parameters, among what is saved: their data may be others by then. Hooks may change all of it."""
-
 _LIMIT = 8
 """How many kinds of gradients a site knows how to go on from, the newest ones."""
 
@@ -150,9 +147,7 @@ class Site(Work):
         ])  # fmt: skip
         self._keep, self._keep_tables = picker(_present(parts[:_SAVED])), picker(whole)
         self.nb_saved = len(_present(parts[:_SAVED]))
-        self._exposed = _present([self._saved[n] for n in _EXPOSED])
-        if recordings.are_saved_by_hooks():
-            self._exposed = [*range(self.nb_saved)]
+        self._is_odd = any(x is not None and x.shape[1] % layout.WORD for x in inputs[:2])
         # of each input, the place of its gradient among None and what `Backward` returns
         given = zip(_GRADIENTS, (*inputs, *sums), strict=True)
         grads = [place + 1 for place, x in given if x is not None]
@@ -202,8 +197,10 @@ class Site(Work):
         """Return what `block.Backward` does."""
         keep = None
         if is_unseen:
-            own = g, *[kept[n] for n in self._exposed]  # a user may have given one other data
-            words = g.shape[1] % layout.WORD == 0 or layout.is_in_words(g)
+            # users may have given them other data, and hooks may return others
+            own, words = (g, *kept[: self.nb_saved]), None
+            if self._is_odd or g.shape[1] % layout.WORD:
+                words = [layout.is_in_words(x) for x in own if x.ndim > 2]
             key = needs, sums is None, words, g.data_ptr() % 16, recordings.settings(g)
             for entry in self._backward:
                 known, are_alike, again = entry

@@ -54,7 +54,8 @@ def recalled(module: nn.Module, x: Deferred, decide: Callable[[Deferred], T]) ->
     What `decide` returns may depend on all that is no value of a tensor: on the attributes of the
     module and of those within, on which parameters and buffers there are, on the kind of the image,
     autocast, and the requests for backends and engines. It may hold the modules within, but neither
-    the module itself nor a tensor.
+    the module itself nor a tensor. A group is given a dictionary, and fills it as it comes to each
+    of its modules.
     """
     if torch.compiler.is_compiling() or fusing.is_observed():
         return decide(x)

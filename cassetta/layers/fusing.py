@@ -60,10 +60,23 @@ _listener = _Listener()
 
 
 def deferred_call(module: nn.Module) -> Callable[..., Any]:
-    """Return what calls the module on `Deferred` images: it takes and returns them if it can."""
+    """Return what calls the module on `Deferred` images: it takes and returns them if it can.
+
+    Any other module takes tensors, and returns one; if it does not, TypeError is raised.
+    """
     if defers(module):
         return module.defer  # type: ignore[return-value]
-    return lambda *images: module(*map(materialize, images))
+
+    def called(*images: Any) -> Tensor:
+        out = module(*map(materialize, images))
+        if not isinstance(out, Tensor):
+            raise TypeError(
+                f"{type(module).__name__} returns a {type(out).__name__}: within a group, a level "
+                "or a backbone, a module returns one tensor"
+            )
+        return out
+
+    return called
 
 
 Steps = Sequence[Callable[[Deferred], Any]]

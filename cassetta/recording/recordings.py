@@ -194,6 +194,11 @@ def is_unseen(x: Tensor) -> bool:
     )
 
 
+def is_dispatched() -> bool:
+    """Tell whether a mode is given the operators of torch, and may hold what they return."""
+    return not torch.compiler.is_compiling() and _nb_modes() > 0
+
+
 _nb_modes: Any = torch._C._len_torch_dispatch_stack
 _nb_function_modes: Any = torch._C._len_torch_function_stack
 _level: Any = torch._C._functorch.maybe_current_level  # pyright: ignore

@@ -4,9 +4,9 @@ What is noted: operators of ATen, by a dispatch mode; allocations; and launches 
 passes run as they are (`tile.launch` asks for the tape of its thread, `records.here`).
 
 A recording holds for tensors of the shapes, strides and dtypes of those that it was made of, and
-for the same settings, for which its caller answers (`recordings`). What no key
-can know is asked in each replay: whether addresses are aligned as they were, and operators lay out
-their results as they did. If not, `Changed` is raised, and nothing that was given has been written.
+for the same settings, for which its caller answers (`recordings`). What no key can know is asked in
+each replay: whether addresses are aligned as they were, and operators lay out their results as they
+did. If not, `Changed` is raised, and nothing that was given has been written.
 """
 
 from collections.abc import Callable, Sequence
