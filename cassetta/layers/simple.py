@@ -226,10 +226,10 @@ class ModuleGroup(Chain):
         # of each module, its steps: they are known once it has come to it
         known: dict[int, fusing.Steps] = {} if outputs is not None else recalled(self, x, _no_steps)
         for n, module in enumerate(listed(self)):
-            before = x.kept() if self.residual else x
             steps = known.get(n)
             if steps is None:
                 steps = known[n] = fusing.steps(module, x)
+            before = x.kept() if self.residual else x
             for step in steps:
                 x = defer(step(x))
             if self.residual:
