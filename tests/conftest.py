@@ -160,6 +160,7 @@ def _poisoned(make):
         out = make(*args, **kwargs)
         if torch.compiler.is_compiling() or type(out) is not torch.Tensor:
             return out  # of a graph, in which AOTAutograd takes no such change
-        return out.fill_(float("nan")) if out.is_floating_point() else out
+        with torch.no_grad():  # an old torch's checkpoint makes a leaf that needs a gradient
+            return out.fill_(float("nan")) if out.is_floating_point() else out
 
     return poisoned
