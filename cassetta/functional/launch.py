@@ -96,7 +96,7 @@ class Launch(NamedTuple):
             else:
                 y, _ = run.fprop(x, NOTHING, None, NOTHING, *given)
             if steps.word:  # (a selective checkpoint may hold what the convolution returns)
-                is_held = recordings.is_dispatched()
+                is_held = recordings.are_results_held()
                 apply = activations.apply if is_held else activations.apply_
                 y = apply(y, steps.activation)
         return Image(y)

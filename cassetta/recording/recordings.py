@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from cassetta.kernels import (
     dispatch,
@@ -194,9 +195,12 @@ def is_unseen(x: Tensor) -> bool:
     )
 
 
-def is_dispatched() -> bool:
-    """Tell whether a mode is given the operators of torch, and may hold what they return."""
-    return not torch.compiler.is_compiling() and _nb_modes() > 0
+def are_results_held() -> bool:
+    """Tell whether a selective checkpoint may hold what operators return, by a mode of its own."""
+    if torch.compiler.is_compiling() or not _nb_modes():
+        return False
+    kinds = map(type, _get_current_dispatch_mode_stack())
+    return any(kind.__module__ == "torch.utils.checkpoint" for kind in kinds)
 
 
 _nb_modes: Any = torch._C._len_torch_dispatch_stack
