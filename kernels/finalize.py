@@ -66,7 +66,7 @@ def store_statistics(
     own, var, before_ptr, gamma_ptr, beta_ptr, out_ptr, running_mean_ptr, running_var_ptr,
     batches_ptr, eps, unbiased, momentum, size, n, c, C,
 ):  # fmt: skip
-    """What a norm makes of moments of channels c of a sample n, each of which is a pool."""
+    """Store what a norm makes of the moments of channels c of sample n, each of them a pool."""
     at, inside = n * C + c, c < C
     before = entry(before_ptr, at, inside, 1.0)
     mean, var = before * own, before * before * var
@@ -196,7 +196,7 @@ def store_gradient(
     g, gb, out_ptr, mean_ptr, rstd_ptr, centre_ptr, before_ptr, after_ptr, gamma_ptr, size,
     n, c, C, voxels, FIXED: tl.constexpr,
 ):  # fmt: skip
-    """What its gradient makes of sums over channels c of a sample n, each of which is a pool."""
+    """Store what its gradient makes of the sums over channels c of sample n, each a pool."""
     at, inside = n * C + c, c < C
     dgamma, dbeta, rstd, apart, before = shares(
         g, gb, mean_ptr, rstd_ptr, centre_ptr, before_ptr, after_ptr, at, inside

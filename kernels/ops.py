@@ -228,7 +228,7 @@ norm_finalize_backward = PassRecord(
 
 
 def _normalized(s: Sample, n: int) -> Iterator[tuple[Tensor, Any, Tensor | None, Tensor | None]]:
-    """An image, p, a factor and gamma: where a program sees a pool, and of chunks."""
+    """Yield an image, p, a factor and gamma: of one chunk, then of several."""
     c, size = s.shape[1], s.shape[2:]
     slope = None if s.p.slope is None else s.table(n, c)
     affine = (s.table(n, c), s.table(n, c)) if s.full else (None, None)

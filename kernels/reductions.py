@@ -350,7 +350,7 @@ def _sums(
 
 
 def _with_gradient(sums: Tensor, x: Tensor, centre: Any, norm: Any) -> Tensor:
-    """What the sums of several chunks amount to; torch adds those of very many."""
+    """Add the sums of several chunks, and finish the norm's gradient; torch adds very many."""
     _, n, chunks, c = sums.shape
     config = configs.over_chunks(n, chunks, c)
     if config.chunks != 1:

@@ -79,7 +79,7 @@ class Plan(NamedTuple):
         return None if self.norm is None else self.norm[0].process_group
 
     def alone(self) -> tuple[Any, ...]:
-        """Return all but the norm, for keys, which would keep the group alive."""
+        """Return all fields but the norm: a key that held its group would keep it alive."""
         return tuple([one for one in self if one is not self.norm])
 
     def rounded(self, x: Any) -> Any:
@@ -162,7 +162,7 @@ def compute(
 
 
 def _begun(plan: Plan, numbers: tuple[float, ...], *given: Any) -> tuple[Any, ...]:
-    """Compute y, room for its sums, rounded weights, its moments, and what other processes ask."""
+    """Compute y, room for its sums, rounded weights, its moments, and what other processes get."""
     x, x2, w, b, r, gamma, beta, weight, *tensors = given
     prepared, own = Tables(*tensors[_TABLES:_FACTORS]), None
     steps = plan.steps(gamma, beta, weight, tensors[_FACTORS : _FACTORS + 3], numbers)
@@ -286,7 +286,7 @@ class Backward(NamedTuple):
     def _compute(
         self, g: Tensor, sums: Tensor | None, total: Tensor | None, *saved: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        """Compute them, or what all processes are to add up, until that is given."""
+        """Compute the gradients; or, of a shared norm without `total`, what is to be added up."""
         plan, numbers, needs, reads_sums = self
         x, x2, w, kept, gamma, weight, *rest = saved
         n = 12 + len(Tables._fields)

@@ -30,7 +30,7 @@ class Link(NamedTuple):
 
 
 class Chain(Work):
-    """One site after the other."""
+    """The work of several sites, one after the other."""
 
     def __init__(self, calls: Sequence[Call], tables: list[Any], inputs: list[Any]) -> None:
         self._first, self._nb_inputs = len(tables), len(inputs)

@@ -175,7 +175,7 @@ def norm_gradients(
 def statistics(
     x: Tensor, p: Prologue, own: Moments | None, before: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """Return the moments of b, and mean, variance and count of all here, which others are sent."""
+    """Return the moments of b; and mean, variance and count in this process, to be sent."""
     own = ops.moments(x, p) if own is None else own
     local = ops.norm_finalize(own, before, None, None, 1.0, 0, Pooling("batch"))
     mine = local[:2, :1].sum(1)  # zeros, where there is no sample

@@ -58,13 +58,13 @@ class _Place(NamedTuple):
 
 
 class Work(ABC):
-    """What a node of autograd does; it holds no tensor."""
+    """The computation of a node of autograd; it holds no tensor."""
 
     is_view: bool  # whether y may be an input
 
     @abstractmethod
     def compute(self, tables: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        """Return y, its sums and what else there is; and what is kept: tensors of all, tables."""
+        """Compute (y, its sums, *tables); return it, and the tensors and tables to be kept."""
 
     @abstractmethod
     def differentiate(
@@ -114,7 +114,7 @@ _apply: Any = super(Function, Node).apply  # type: ignore[attr-defined]
 
 
 class Site(Work):
-    """What a block computes, and where its tensors are among those that there are.
+    """The work of one block, and where its tensors are among those that are present.
 
     Its functions take tables as a tuple, since autograd has nothing to do with them: those of
     `block.beside`, and running statistics, or what they are rows of; and one by one the inputs of
@@ -127,7 +127,7 @@ class Site(Work):
     ) -> None:  # fmt: skip
         self._plan, self._numbers, self._tables = plan, numbers, places
         self._how, self._told = how, told
-        self._is_shared = plan.norm is not None and plan.norm[0].process_group is not None
+        self._is_shared = plan.group() is not None
         self._reads_sums = (sums[0] is not None, sums[1] is not None)
         self._forward: Callable[..., Any] | None = None
         self._backward: list[tuple[Any, Callable[..., bool], Callable[..., Any]]] = []
@@ -197,10 +197,11 @@ class Site(Work):
         """Return what `block.Backward` does."""
         keep = None
         if is_unseen:
-            # users may have given them other data, and hooks may return others
+            # users may have given saved tensors other data, and hooks may return other tensors
             own, words = (g, *kept[: self.nb_saved]), None
             if self._is_odd or g.shape[1] % layout.WORD:
-                words = [layout.is_in_words(x) for x in own if x.ndim > 2]
+                odd = [x for x in own if x.ndim > 2 and x.shape[1] % layout.WORD]
+                words = [*map(layout.is_in_words, odd)]
             key = needs, sums is None, words, g.data_ptr() % 16, recordings.settings(g)
             for entry in self._backward:
                 known, are_alike, again = entry
