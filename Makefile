@@ -25,10 +25,10 @@ test-versions: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(VERSION_TESTS) -k 'not through_the_kernels'
 
 # Compiled kernels, whose PTX is simulated on the CPU (tests/ptxsim); `make -j2` runs both targets at
-# once, `make simulate-90` one of them. CI runs the first two of these.
-SIMULATED = tests/ptxsim tests/test_simulated.py tests/test_boxes.py tests/test_convolutions.py \
-	tests/test_passes.py tests/test_pool.py tests/test_resize.py tests/test_joined.py \
-	tests/test_exchanged.py tests/test_fused.py
+# once, `make simulate-90` one of them. CI runs the first three of these.
+SIMULATED = tests/ptxsim tests/test_simulated.py tests/test_pairwise.py tests/test_boxes.py \
+	tests/test_convolutions.py tests/test_passes.py tests/test_pool.py tests/test_resize.py \
+	tests/test_joined.py tests/test_exchanged.py tests/test_fused.py
 
 test-simulated: simulate-80 simulate-90
 

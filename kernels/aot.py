@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from cassetta.kernels import (
     buffers,
     configs,
     layout,
+    machine,
     ops,
     plans,
     precision,
@@ -80,16 +81,29 @@ class Report(NamedTuple):
 def recorded(arch: int, case: str, reports: list[Report]) -> Iterator[None]:
     """Compile for `arch` (80, 90, ...) what is launched in this block, instead of running it."""
 
+    def report(kernel: Any, config: Any, built: Any) -> None:
+        reports.append(Report(kernel.fn.__name__.strip("_"), case, arch, *_found(built)))
+
+    with captured(arch, report):
+        yield
+
+
+@contextmanager
+def captured(arch: int, see: Callable[[Any, Any, Any], None]) -> Iterator[None]:
+    """Compile what is launched in this block for `arch`, and let `see` have each kernel, the
+    configuration of its launch, and what Triton made of it."""
+
     def compile_instead(kernel: Any, x: Tensor, config: Any, *args: Any, **constants: Any) -> None:
-        constants |= config.blocks
-        found = _compiled(kernel, _signature(kernel, args, constants), config.options, arch)
-        reports.append(Report(kernel.fn.__name__.strip("_"), case, arch, *found))
+        source = _signature(kernel, args, constants | config.blocks)
+        see(kernel, config, _compiled(source, config.options, arch))
 
     launch, tile.launch = tile.launch, compile_instead
+    capability = (arch // 10, arch % 10)
+    target, machine.target = machine.target, machine.Gpu("", capability, 0, 0, SHARED[arch])
     try:
         yield
     finally:
-        tile.launch = launch
+        tile.launch, machine.target = launch, target
 
 
 def check(arch: int, part: bool = False) -> Iterator[Report]:
@@ -128,7 +142,7 @@ def _check_convolutions(arch: int, dtype: torch.dtype, n: int) -> Iterator[Repor
     gemm, wgrad = (
         [
             plan
-            for plan in plans.within(product.plans, dtype.itemsize, SHARED[arch])
+            for plan in plans.offered(product.plans, dtype.itemsize, SHARED[arch], divmod(arch, 10))
             if not plan.boxes or boxes.are_copied_by(divmod(arch, 10))
         ]
         for product in (
@@ -230,29 +244,30 @@ def _signature(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) ->
     return ASTSource(fn=kernel, signature=types, constexprs=fixed, attrs=attributes)
 
 
-def _compiled(
-    kernel: Any, source: Any, options: dict[str, int], arch: int
-) -> tuple[int, int, int, str, str]:
+def _compiled(source: Any, options: dict[str, int], arch: int) -> Any:
     target = GPUTarget("cuda", arch, 32)
-    options = {**options, **tile.OPTIONS}
-    built: Any = triton.compile(source, target=target, options=options)
-    usage = _usage(built.asm["cubin"])
+    return triton.compile(source, target=target, options={**options, **tile.OPTIONS})
+
+
+def _found(built: Any) -> tuple[int, int, int, str, str]:
+    """Read the fields of a report, from the registers on, of a compiled kernel."""
+    used = usage(built.asm["cubin"])
     found = " ".join(name for name, word in _MMA.items() if re.search(word, built.asm["ptx"]))
-    stack = usage["STACK"] + usage["LOCAL"]
+    stack = used["STACK"] + used["LOCAL"]
     # (triton 3.9 has been seen to reserve a byte that nothing reads or writes)
-    if stack and not re.search(r"\b(STL|LDL)\b", _told(built.asm["cubin"], "-sass")):
+    if stack and not re.search(r"\b(STL|LDL)\b", told(built.asm["cubin"], "-sass")):
         stack = 0
     unsafe = "; ".join(map(str, buffers.shortages(built.asm["ttgir"])))
-    return usage["REG"], stack, built.metadata.shared, found, unsafe
+    return used["REG"], stack, built.metadata.shared, found, unsafe
 
 
-def _usage(cubin: bytes) -> dict[str, int]:
+def usage(cubin: bytes) -> dict[str, int]:
     """Registers and memory of a compiled kernel."""
-    told = _told(cubin, "-res-usage")
-    return {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
+    text = told(cubin, "-res-usage")
+    return {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
 
 
-def _told(cubin: bytes, option: str) -> str:
+def told(cubin: bytes, option: str) -> str:
     """What NVIDIA's cuobjdump tells of a compiled kernel."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"

@@ -53,11 +53,6 @@ def covering(box: Box, size: tuple[int, int, int]) -> int:
     return math.prod(-(-n // side) for n, side in zip(size, box, strict=True))
 
 
-def are_ragged(box: Box, size: tuple[int, int, int]) -> bool:
-    """Whether some of the boxes that cover an image end outside."""
-    return box != NO_BOX and any(n % side for n, side in zip(size, box, strict=True))
-
-
 def strides(x: Tensor) -> tuple[int, ...] | None:
     """Those of samples, three axes, and channels, as a copy of boxes takes them; or None.
 

@@ -1,5 +1,6 @@
 """How large a tile is and how many voxels a program visits: by the shape, and what was measured."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -7,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cassetta.kernels import boxes, plans, precision
+from cassetta.kernels import boxes, layout, plans, precision
 from cassetta.kernels.boxes import NO_BOX, Box
+from cassetta.kernels.geometry import Walk
 from cassetta.kernels.plans import Pass, Plan, Product
 from cassetta.kernels.types import Geometry
 
@@ -82,27 +84,42 @@ class GemmConfig(NamedTuple):
 
 
 class WgradConfig(NamedTuple):
-    """The launch of the gradient of weights: rows of taps x channels, summed over voxels."""
+    """The launch of the gradient of weights: a table of rows and columns, summed over voxels."""
 
-    block_t: int  # taps of a tile
-    block_c: int  # their channels
-    block_n: int  # channels of a tile
+    along: bool  # whether taps along W are columns, not rows
+    apart: bool  # whether rows see a row of W at places of their own
+    block_r: int  # rows of a tile
+    block_n: int  # columns of a tile: of a first product,
+    block_n2: int  # and of a second one, or 0
     block_v: int  # voxels that are multiplied in a step
-    steps: int  # along the voxels of a sample
+    start: int  # the first place along W, as the first tap of a row of z sees it
+    stop: int
+    width: int  # places of a row in a step, which has several rows if there are fewer than block_v
+    across: int  # steps along W
+    lines: int  # steps along the axis before it
+    steps: int  # of a sample
     part: int  # steps of a program
     splits: int  # programs along the voxels of a sample
-    c_blocks: int
-    k_blocks: int
+    r_blocks: int
+    q_blocks: int  # programs along the columns
     programs: int
     warps: int
     stages: int
-    box: Box = NO_BOX  # of voxels of a step
+
+    @property
+    def walk(self) -> tuple[int, ...]:
+        """The arguments of the kernel that say how it walks."""
+        return (
+            self.start, self.stop, self.width, self.across, self.lines, self.steps, self.part,
+            self.splits, self.r_blocks, self.q_blocks,
+        )  # fmt: skip
 
     @property
     def blocks(self) -> dict[str, int]:
         return {
-            "BLOCK_T": self.block_t, "BLOCK_C": self.block_c, "BLOCK_N": self.block_n,
-            "BLOCK_V": self.block_v, "STAGES": self.stages, **_named(self.box),
+            "ALONG": self.along, "APART": self.apart, "BLOCK_R": self.block_r,
+            "BLOCK_N": self.block_n, "BLOCK_N2": self.block_n2, "BLOCK_V": self.block_v,
+            "STAGES": self.stages,
         }  # fmt: skip
 
     @property
@@ -117,6 +134,11 @@ may end farther outside; what lies there is masked, whatever its number.)"""
 REDUCED = 64
 """Tiles that a program of a reduction visits at most. The partial results that it leaves are then
 at most 1/2^16 of the image, and the second stage reads them in no time."""
+
+
+PROGRAMS = 528
+"""Of a gradient of weights, at most: 4 for each SM of a large GPU, so that they end together. Each
+leaves its share of a table as large as the weights, in float32."""
 
 
 def of(name: str, x: Tensor, strides: tuple[int, int, int], reduce: bool) -> Config:
@@ -156,36 +178,72 @@ def gemm(
     )  # fmt: skip
 
 
-def wgrad(
-    product: Product, size: tuple[int, int, int], device: torch.device, heavy: bool,
-    readable: Callable[[], bool],
-) -> WgradConfig:  # fmt: skip
-    """The launch of a product over the voxels of images of this size, as `gemm`.
+def wgrad(product: Product, steps: Walk, device: torch.device, heavy: bool) -> WgradConfig:
+    """The launch of a product over the voxels that a convolution walks over.
 
-    As many splits as fill a large GPU, of 512 voxels at least, so that adding their shares is
-    nothing beside computing them.
+    `heavy` if a pending transform is fused with it. A place along W is a voxel of g, as the first
+    tap sees it; to other taps, the same voxel of z is at a place before.
     """
-    samples, c = product.shape[:2]
-    taps, voxels = math.prod(product.taps), math.prod(size)
-    plan = plans.chosen(product, device)
-    boxed = _is_boxed(plan, product, device, readable)
-    block_n = max(16, min(_power(product.channels), plan.block_n))
-    block_c = max(16, min(_power(c), plan.rows))
-    block_t = 1 if boxed else min(_power(taps), max(1, plan.rows // block_c))
+    samples, plan = product.shape[0], plans.chosen(product, device)
+    channels, results = layout.padded(product.shape[1]), layout.padded(product.channels)
+    (deep, high, wide), (t0, t1, t2), far = steps.out, steps.taps, steps.dilation[2]
+    # (no tap sees some voxels between taps that are farther apart than g is wide)
+    along = steps.stride[2] == 1 and not heavy and wide >= far
+    start, stop = 0, wide
+    if along:
+        start = steps.before[2]
+        stop = max(start, min(steps.inp[2] + start, wide + (t2 - 1) * far))
     exact = precision.of(product.dtype) == "ieee"
-    block_v = min(plan.block_v, 16) if exact else plan.block_v
-    warps = _warps(16 if exact or heavy else 32, block_t * block_c * max(block_n, block_v))
-    t_blocks, c_blocks = -(-taps // block_t), -(-c // block_c)
-    k_blocks = -(-product.channels // block_n)
-    others = samples * t_blocks * c_blocks * k_blocks
-    box = boxes.fitting(block_v, size) if boxed else NO_BOX
-    steps = boxes.covering(box, size) if boxed else -(-voxels // block_v)
-    part = max(1, -(-steps // max(1, min(2048 // max(others, 1), voxels // 512))))
-    splits = max(1, -(-steps // part))
+    rows, columns = t0 * t1 * channels * (1 if along else t2), results * (t2 if along else 1)
+    most = min(plan.columns, 64) if exact or heavy else plan.columns
+    block_n, block_n2, q_blocks = _columns(columns, most, not (exact or heavy))
+    tallest = plan.rows if exact or heavy else plan.tallest(block_n + block_n2)
+    block_r = _rows(rows, tallest)
+    block_v, width = _places(high, stop - start, 16 if exact else plan.block_v)
+    across, lines = -(-(stop - start) // width), -(-high // (block_v // width))
+    others, visited = samples * -(-rows // block_r) * q_blocks, deep * lines * across
+    part = max(1, -(-visited // max(1, min(PROGRAMS // max(others, 1), visited // 4))))
+    splits = max(1, -(-visited // part))
+    strides = steps.stride[2] > 1
+    held = 16 if exact or heavy else 192 // product.dtype.itemsize
     return WgradConfig(
-        block_t, block_c, block_n, block_v, steps, part, splits, c_blocks, k_blocks,
-        others * splits, warps, plan.stages, box,
+        along, width < block_v or not (along or strides or t2 == 1),
+        block_r, block_n, block_n2, block_v, start, stop, width, across, lines, visited, part,
+        splits, -(-rows // block_r), q_blocks, others * splits,
+        _warps(held, block_r * (block_n + block_n2)), plan.stages,
     )  # fmt: skip
+
+
+@functools.lru_cache(4096)
+def _places(high: int, wide: int, most: int) -> tuple[int, int]:
+    """Return how many places a step visits, and of a row at most: the fewest steps, of which each
+    costs as much as 32 places more, and 1.15 times as much where it visits several rows."""
+    powers = [1 << power for power in range(most.bit_length())]
+    found = [(v, w) for v in powers if v >= 16 for w in powers if w <= v]
+
+    def cost(pair: tuple[int, int]) -> float:
+        v, w = pair
+        return -(-wide // w) * -(-high // (v // w)) * (v + 32) * (1.15 if w < v else 1.0)
+
+    return min(found, key=cost)
+
+
+@functools.lru_cache(4096)
+def _columns(columns: int, most: int, two: bool) -> tuple[int, int, int]:
+    """Return a tile's columns for a first product, for a second, and the tiles that cover all."""
+    one = -(-columns // (8 * -(-columns // most))) * 8
+    block = _power(one)
+    first, second = block // 2, max(16, _power(one - block // 2))
+    if not two or first + second >= block or first < 16:
+        first, second = max(16, block), 0
+    return first, second, -(-columns // (first + second))
+
+
+@functools.lru_cache(4096)
+def _rows(rows: int, tallest: int) -> int:
+    """Return the height of a tile, which costs what its rows do, and 144 more for its columns."""
+    heights = [1 << power for power in range(4, tallest.bit_length())]
+    return min(heights, key=lambda height: (-(-rows // height) * (height + 144), height))
 
 
 def _is_boxed(

@@ -12,7 +12,8 @@ the voxels that `reference.prologue_sums` states; they are taken here, from dz w
 from torch import Tensor
 
 from cassetta.kernels import configs, layout
-from cassetta.kernels.conv_fprop import Walk, run, walk
+from cassetta.kernels.conv_fprop import run
+from cassetta.kernels.geometry import Walk, walk
 from cassetta.kernels.plans import Product
 from cassetta.kernels.types import NOTHING, Geometry, Prologue, Size
 
@@ -28,12 +29,12 @@ def conv_dgrad(
         covered = tuple(n * s for n, s in zip(g.shape[2:], geometry.stride, strict=True))
         if covered != tuple(size):  # what a stride leaves over at the end
             dz.zero_()
-        steps = walk(dz, taps, geometry)
+        steps = walk(size, taps, geometry)
         table, scatter = w.flatten(2).permute(2, 0, 1), True
         steps = steps._replace(inp=steps.out)
     else:
         table, scatter = w.flatten(2).flip(2).permute(2, 0, 1), False
-        steps = _mirrored(walk(dz, taps, geometry))
+        steps = _mirrored(walk(size, taps, geometry))
     p = NOTHING if x is None else p  # which is of x, and no epilogue
     sums, _ = run(
         _product(dz, g, w, geometry), layout.in_words(g), NOTHING, layout.packed(table), None, dz,
@@ -53,7 +54,7 @@ def conv_transposed(
         )
     size = tuple(n * s for n, s in zip(x.shape[2:], geometry.stride, strict=True))
     y = layout.empty((x.shape[0], w.shape[1], *size), w.dtype, x.device)
-    steps, table = walk(y, tuple(w.shape[2:]), geometry), w.flatten(2).permute(2, 0, 1)
+    steps, table = walk(size, w.shape[2:], geometry), w.flatten(2).permute(2, 0, 1)
     run(
         _product(y, x, w, geometry), layout.in_words(x), p, layout.packed(table), b, y,
         steps._replace(inp=steps.out), epilogue=epilogue, image=residual, scatter=True,
@@ -76,6 +77,5 @@ def _refuse_other(geometry: Geometry, taps: tuple[int, ...]) -> None:
 def _mirrored(steps: Walk) -> Walk:
     """The convolution of dy that the gradient is: what was read is written."""
     inp, out, taps, stride, before, dilation = steps
-    spans = (d * (t - 1) for d, t in zip(dilation, taps, strict=True))
-    before = tuple(span - b for span, b in zip(spans, before, strict=True))
-    return Walk(out, inp, taps, stride, before, dilation)
+    a, b, c = (d * (t - 1) - lost for d, t, lost in zip(dilation, taps, before, strict=True))
+    return Walk(out, inp, taps, stride, (a, b, c), dilation)

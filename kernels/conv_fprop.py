@@ -15,7 +15,7 @@ is their size. 2 N |Y| K C T operations; x is read T times, mostly from the L2 c
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -25,6 +25,7 @@ from torch import Tensor
 from cassetta.kernels import boxes, configs, layout, precision, reductions, tile
 from cassetta.kernels.boxes import NO_BOX
 from cassetta.kernels.configs import GemmConfig
+from cassetta.kernels.geometry import Walk, lifted, walk
 from cassetta.kernels.operands import added
 from cassetta.kernels.plans import Product
 from cassetta.kernels.types import NOTHING, Activation, Geometry, Prologue
@@ -234,37 +235,12 @@ def _leave_moments(value, inside, wanted, mean_out, m2_out, alone):
     return count
 
 
-class Walk(NamedTuple):
-    """How the rows of a product walk over an image, in three dimensions: (size, ...) each."""
-
-    inp: tuple[int, ...]
-    out: tuple[int, ...]
-    taps: tuple[int, ...]
-    stride: tuple[int, ...]
-    before: tuple[int, ...]
-    dilation: tuple[int, ...]
-
-
-def walk(x: Tensor, taps: tuple[int, ...], geometry: Geometry) -> Walk:
-    """That of a convolution of x (N, C, *X); 1-D and 2-D have axes of size 1."""
-    stride, padding, dilation, _ = geometry
-    inp = tuple(x.shape[2:])
-    out, before = geometry.size_of(inp, taps), tuple(pair[0] for pair in padding)
-    ones = {"inp": inp, "out": out, "taps": taps, "stride": stride, "dilation": dilation}
-    return Walk(before=lifted(before, 0), **{name: lifted(v, 1) for name, v in ones.items()})
-
-
-def lifted(sizes: tuple[int, ...], one: int) -> tuple[int, ...]:
-    """Three sizes, from those of 1 to 3 axes."""
-    return (*[one] * (3 - len(sizes)), *sizes)
-
-
 def conv_fprop(
     x: Tensor, p: Prologue, w: Tensor, b: Tensor | None, geometry: Geometry,
     x2: Tensor | None = None, epilogue: Prologue = NOTHING, residual: Tensor | None = None,
     moments_of: Activation | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    steps = walk(x, tuple(w.shape[2:]), geometry)
+    steps = walk(x.shape[2:], w.shape[2:], geometry)
     shape = (x.shape[0], w.shape[0], *steps.out[3 - (x.ndim - 2) :])
     y = layout.empty(shape, w.dtype, x.device)
     c = x.shape[1]
@@ -298,9 +274,8 @@ def run(
     outs, taps = (taps, 1) if scatter else (1, taps)
     heavy = image is not None or not p.is_identity() or not epilogue.is_identity()
     heavy |= moments_of is not None and moments_of.name not in ("identity", "relu", "leaky_relu")
-    size = (steps.out[0], steps.out[1], steps.out[2])
     readable = partial(_are_readable, x, x2, w, w2)
-    config = configs.gemm(product, n * outs, size, x.device, heavy, readable)
+    config = configs.gemm(product, n * outs, steps.out, x.device, heavy, readable)
     chunks, tables = outs * config.tiles, {"dtype": torch.float32, "device": x.device}
     sums = None if centre is None else torch.empty(2, n, chunks, k, **tables)
     parts: Any = (None, None, None)

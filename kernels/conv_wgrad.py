@@ -1,144 +1,204 @@
 """The gradient of the weights of a convolution: a product over all voxels.
 
-    dw[k, c, t] = sum over n, v of z[n, c, s v - before + d t] g[n, k, v]
+    dw[k, c, t0, t1, t2] = sum over n, v of z[n, c, s v - before + d t] g[n, k, v]
 
-Rows are taps x channels of z, columns channels of g, depth the voxels, which are split over
-programs: each leaves its share in float32, and these are added in their order. No atomics: the same
-input gives the same bits.
+Its rows are taps and channels of z in one flat axis (t0, t1, c), its columns taps along the last
+axis, W, and channels of g in another (t2, k), each cut wherever a tile ends. So z is read once for
+all taps along W, and g from other places of its row for each of them: what a tap sees of a shifted
+z, z sees of a g that is shifted the other way. Where the convolution strides, no two taps see the
+same voxel, and all taps are rows; likewise where z has a pending transform.
 
-Nothing but the product reads g: the gradient of the bias, its sum, is taken elsewhere. An operand
-that something else in the loop reads, too, is copied to one buffer fewer than products that are
-asynchronous need (triton#6691), and is overwritten while it is multiplied.
+Depth is the voxels, split over programs: each leaves its share in float32, and these are added in
+their order. No atomics: the same input gives the same bits. A step is a part of a row of W, whose
+place is counted, not divided; or, where rows are short, several of them. A tile's columns are two
+powers of two: 3 taps of 32 channels are 64 and 32 columns.
 
-A box begins at a multiple of 16 bytes along its channels, also where it lies outside of an image:
-anything else is an illegal instruction (triton#7385; seen on an H200).
+Nothing but products reads what is copied ahead: the gradient of the bias, a sum of g, is taken
+elsewhere. An operand that something else in the loop reads, too, is copied to one buffer fewer than
+products that are asynchronous need (triton#6691), and is overwritten while it is multiplied.
 """
-
-import math
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cassetta.kernels import boxes, configs, layout, plans, precision, tile
-from cassetta.kernels.boxes import NO_BOX
-from cassetta.kernels.conv_fprop import voxel_steps, walk
+from cassetta.kernels import configs, layout, precision, tile
+from cassetta.kernels.conv_fprop import voxel_steps
+from cassetta.kernels.geometry import walk
 from cassetta.kernels.operands import added
+from cassetta.kernels.plans import Product
 from cassetta.kernels.types import Geometry, Prologue
 
 _SIZES = [
-    "C", "K", "V", "X0", "X1", "X2", "Y0", "Y1", "Y2", "T1", "T2", "s0", "s1", "s2", "b0", "b1",
-    "b2", "d0", "d1", "d2", "x_n", "x_v", "g_n", "g_v", "taps", "steps", "part", "splits",
-    "c_blocks", "k_blocks",
+    "C", "K", "X0", "X1", "X2", "Y0", "Y1", "Y2", "T0", "T1", "T2", "s0", "s1", "s2", "b0", "b1",
+    "b2", "d0", "d1", "d2", "x_n", "x_v", "g_n", "g_v", "start", "stop", "width", "across",
+    "lines", "steps", "part", "splits", "r_blocks", "q_blocks",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def _conv_wgrad_kernel(
     x_ptr, g_ptr, dw_ptr, p_s1, p_t1, p_slope, p_s2, p_t2, p_p, p_q,
-    C, K, V, X0, X1, X2, Y0, Y1, Y2, T1, T2, s0, s1, s2, b0, b1, b2, d0, d1, d2,
-    x_n, x_v, g_n, g_v, taps, steps, part, splits, c_blocks, k_blocks,
+    C, K, X0, X1, X2, Y0, Y1, Y2, T0, T1, T2, s0, s1, s2, b0, b1, b2, d0, d1, d2,
+    x_n, x_v, g_n, g_v, start, stop, width, across, lines, steps, part, splits, r_blocks, q_blocks,
     PRE: tl.constexpr, ACT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    RAGGED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
-    BOX0: tl.constexpr, BOX1: tl.constexpr, BOX2: tl.constexpr,
+    ALONG: tl.constexpr, APART: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_N2: tl.constexpr, BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    BOXED: tl.constexpr = BOX0 > 0
+    """dw (N, splits, rows, columns): T0 x T1 x taps along W x channels of x, and taps along W x
+    channels of g, both in whole words. ALONG, the latter are all taps along W; else the former.
+
+    APART, rows see a row of W at places of their own. LATE, a step multiplies what the step before
+    made of x, as in `conv_fprop.accumulate`.
+    """
     program = tl.program_id(0)
-    k_block, rest = program % k_blocks, program // k_blocks
-    c_block, rest = rest % c_blocks, rest // c_blocks
-    t_blocks = tl.cdiv(taps, BLOCK_T)
-    t_block, rest = rest % t_blocks, rest // t_blocks
-    split, n = rest % splits, rest // splits
-    row = tl.arange(0, BLOCK_T * BLOCK_C)
-    tap, c = t_block * BLOCK_T + row // BLOCK_C, c_block * BLOCK_C + row % BLOCK_C
-    k = k_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    o0, o1, o2 = _offsets(tap, T1, T2, d0, d1, d2, b0, b1, b2)
-    q0, q1, q2 = _offsets(t_block, T1, T2, d0, d1, d2, b0, b1, b2)  # BOXED, it is the tap
-    wanted = (c < tile.edge(C, True)) & (tap < taps)
-    c_at = tile.whole(c_block * BLOCK_C, row % BLOCK_C, wanted)
-    k_at = tile.whole(k_block * BLOCK_N, tl.arange(0, BLOCK_N), k < tile.edge(K, True))
+    q_block, rest = program % q_blocks, program // q_blocks
+    r_block, rest = rest % r_blocks, rest // r_blocks
+    split, n = rest % splits, (rest // splits).to(tl.int64)
+    channels, results = tile.edge(C, True), tile.edge(K, True)
+    tall, wide = 1 if ALONG else T2, T2 if ALONG else 1
+    r = r_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    tap, c = tl.max_constancy(r // channels, 8), r % channels
+    t0, t1, t2 = tap // tall // T1, tap // tall % T1, tap % tall
+    o0, o1, o2 = t0 * d0 - b0, t1 * d1 - b1, t2 * d2 - b2
+    wanted = t0 < T0
+    q = q_block * (BLOCK_N + BLOCK_N2) + tl.arange(0, BLOCK_N)
+    columns = wide * results
+    apart, k = tl.max_constancy(q // results, 8) * d2, q % results
+    x_step, g_step = x_v // 8 * 8, g_v // 8 * 8
+    x_ptr += n * (x_n // 8 * 8)
+    g_ptr += n * (g_n // 8 * 8)
     if PRE:
-        scale, shift = tile.row(p_s1, n, c, C, 1.0), tile.row(p_t1, n, c, C, 0.0)
-        outer, offset = tile.row(p_s2, n, c, C, 1.0), tile.row(p_t2, n, c, C, 0.0)
-        slope = tile.row(p_slope, n, c, C, 0.0)
-    total = tl.zeros((BLOCK_T * BLOCK_C, BLOCK_N), tl.float32)
+        scale, shift = _table(p_s1, n, c, C, 1.0), _table(p_t1, n, c, C, 0.0)
+        outer, offset = _table(p_s2, n, c, C, 1.0), _table(p_t2, n, c, C, 0.0)
+        slope = _table(p_slope, n, c, C, 0.0)
+    total = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    if BLOCK_N2:
+        q2 = q_block * (BLOCK_N + BLOCK_N2) + BLOCK_N + tl.arange(0, BLOCK_N2)
+        apart2, k2 = tl.max_constancy(q2 // results, 8) * d2, q2 % results
+        total2 = tl.zeros((BLOCK_R, BLOCK_N2), tl.float32)
     first, end = split * part, tl.minimum((split + 1) * part, steps)
-    e0, e1, e2 = tile.box_of(first, Y1, Y2, BOX0, BOX1, BOX2)
-    f0, f1, f2 = e0, e1, e2  # the box of g
-    LATE: tl.constexpr = tile.on_hopper() and PRECISION != "ieee" and (PRE or RAGGED or BOXED)
-    if LATE:  # as in `conv_fprop.accumulate`
+    e, y1, y0 = first % across, first // across % lines, first // across // lines
+    LATE: tl.constexpr = tile.on_hopper() and PRECISION != "ieee" and PRE
+    if LATE:
         end += 1
-        z = tl.zeros((BLOCK_T * BLOCK_C, BLOCK_V), g_ptr.dtype if BOXED else g_ptr.dtype.element_ty)
+        f, h1, h0 = e, y1, y0  # where g is read
+        z = tl.zeros((BLOCK_R, BLOCK_V), g_ptr.dtype.element_ty)
     for step in tl.range(first, end, num_stages=STAGES):
-        late = (step > first).to(tl.int32) if LATE else 1
-        v, y0, y1, y2, inside = tile.voxels_of(
-            step, e0, e1, e2, V, Y0, Y1, Y2, BLOCK_V, BOX0, BOX1, BOX2
+        y, u, inside = _places(y1, e, start, stop, Y1, width, BLOCK_V, APART)
+        at, ok = _met(
+            y0, y, u, inside, o0, o1, o2, b2, c, wanted, X0, X1, X2, s0, s1, s2, x_step,
+            WIDE, APART,
         )  # fmt: skip
-        at, ok = _met(y0, y1, y2, s0, s1, s2, o0, o1, o2, X0, X1, X2)
-        ok = ok & inside[:, None] & wanted[None, :]
-        if BOXED:
-            x = x_ptr.load([n, e0 * BOX0 + q0, e1 * BOX1 + q1, e2 * BOX2 + q2, c_block * BLOCK_C])
-            x = tl.reshape(x, (BLOCK_V, BLOCK_C))
-            k0 = tl.where(late > 0, k_block * BLOCK_N, tile.edge(K, True))  # (zeros, in words)
-            g = tl.reshape(g_ptr.load([n, f0 * BOX0, f1 * BOX1, f2 * BOX2, k0]), (BLOCK_V, BLOCK_N))
+        x = tl.load(x_ptr + at, mask=ok, other=0.0)
+        if LATE:
+            y, u, inside = _places(h1, f, start, stop, Y1, width, BLOCK_V, APART)
+            inside = inside & (step > first)
         else:
-            at, there = tl.where(ok, at, 0), inside
-            if LATE:
-                v -= BLOCK_V
-                there = (v < V) & (step > first)
-            v = tl.where(there, v, 0)
-            if WIDE:
-                at, v = at.to(tl.int64), v.to(tl.int64)
-            many = n.to(tl.int64)
-            x_at = x_ptr + many * (x_n // 8 * 8) + (at * (x_v // 8 * 8) + c_at[None, :])
-            x = tl.load(x_at, mask=ok, other=0.0)
-            g_at = g_ptr + many * (g_n // 8 * 8) + ((v * (g_v // 8 * 8))[:, None] + k_at[None, :])
-            there = there[:, None] & (k < tile.edge(K, True))[None, :]
-            g = tl.load(g_at, mask=there, other=0.0)
+            f, h1, h0 = e, y1, y0
+        line = h0 * Y1 if APART else h0 * Y1 + h1
+        line = tl.where(h0 < Y0, line, 0)  # (what is not copied has an address inside, too)
+        g_at = g_ptr + line.to(tl.int64) * Y2 * g_step
+        y = y * Y2 if APART else tl.zeros((BLOCK_V,), tl.int32)
+        g = _seen(g_at, y, u, inside, k, apart, q < columns, g_step, Y2, WIDE)
         if LATE:
             total = tl.dot(z, g, total, input_precision=PRECISION)
+            f, h1, h0 = _next(f, h1, h0, (step > first).to(tl.int32), across, lines)
         if PRE:
-            u = tile.activation(scale * x.to(tl.float32) + shift, p_p, p_q, slope, ACT)
-            x = tl.where(ok, outer * u + offset, 0.0).to(g.dtype)
-        elif RAGGED:  # beyond the end of g, which is 0 there, x may be anything, NaN too
-            x = tl.where(inside[:, None], x, 0.0)
+            v = tile.activation(scale * x.to(tl.float32) + shift, p_p, p_q, slope, ACT)
+            x = tl.where(ok, outer * v + offset, 0.0).to(g.dtype)
         if LATE:
-            z = tl.trans(x)
+            z = x
         else:
-            total = tl.dot(tl.trans(x), g, total, input_precision=PRECISION)
-        if BOXED:
-            e0, e1, e2 = _next_box(e0, e1, e2, 1, Y1, Y2, BOX1, BOX2)
-            f0, f1, f2 = _next_box(f0, f1, f2, late, Y1, Y2, BOX1, BOX2)
-    n = n.to(tl.int64)
-    share = n * splits + split
-    at = ((share * taps + tap) * C + c)[:, None] * K + k[None, :]
-    tl.store(dw_ptr + at, total, mask=((c < C) & (tap < taps))[:, None] & (k < K)[None, :])
+            total = tl.dot(x, g, total, input_precision=PRECISION)
+        if BLOCK_N2:
+            g = _seen(g_at, y, u, inside, k2, apart2, q2 < columns, g_step, Y2, WIDE)
+            total2 = tl.dot(x, g, total2, input_precision=PRECISION)
+        e, y1, y0 = _next(e, y1, y0, 1, across, lines)
+    rows = T0 * T1 * tall * channels
+    at = dw_ptr + ((n * splits + split) * rows + r)[:, None] * columns
+    tl.store(at + q[None, :], total, mask=(r < rows)[:, None] & (q < columns)[None, :])
+    if BLOCK_N2:
+        tl.store(at + q2[None, :], total2, mask=(r < rows)[:, None] & (q2 < columns)[None, :])
 
 
 @triton.jit
-def _met(y0, y1, y2, s0, s1, s2, o0, o1, o2, X0, X1, X2):
-    """The voxels of an image that taps meet, and whether they are inside: (BLOCK_V, rows)."""
-    i0, i1 = (y0 * s0)[:, None] + o0[None, :], (y1 * s1)[:, None] + o1[None, :]
-    i2 = (y2 * s2)[:, None] + o2[None, :]
-    ok = (i0 >= 0) & (i0 < X0) & (i1 >= 0) & (i1 < X1) & (i2 >= 0) & (i2 < X2)
-    return (i0 * X1 + i1) * X2 + i2, ok
+def _places(y1, e, start, stop, Y1, width, BLOCK_V: tl.constexpr, APART: tl.constexpr):
+    """The places (BLOCK_V,) of a step along the last two axes, and which of them are wanted.
+
+    A part of the row y1; APART, of as many rows as a step has, each `width` places.
+    """
+    v = tl.arange(0, BLOCK_V)
+    if APART:
+        u = start + e * width + v % width
+        y1 = y1 * (BLOCK_V // width) + v // width
+        inside = (u < stop) & (y1 < Y1)
+    else:
+        u = start + e * BLOCK_V + v
+        inside = u < stop
+    return y1, u, inside
 
 
 @triton.jit
-def _next_box(e0, e1, e2, step, Y1, Y2, BOX1: tl.constexpr, BOX2: tl.constexpr):
-    """Return the box that is `step` boxes (0 or 1) behind this one."""
-    e2, wrap = tile.carried(e2 + step, tl.cdiv(Y2, BOX2))
-    e1, wrap = tile.carried(e1 + wrap, tl.cdiv(Y1, BOX1))
-    return e0 + wrap, e1, e2
+def _met(
+    y0, y1, u, inside, o0, o1, o2, b2, c, wanted, X0, X1, X2, s0, s1, s2, step,
+    WIDE: tl.constexpr, APART: tl.constexpr,
+):  # fmt: skip
+    """Where in x rows meet places, (rows, BLOCK_V), and whether they do: offsets inside a sample.
+
+    What they do not meet has an offset inside, too. APART, each row asks each place; else a row
+    meets all places or none.
+    """
+    a = y0 * s0 + o0
+    wanted = wanted & (a >= 0) & (a < X0)
+    if APART:
+        i1, i2 = (y1 * s1)[None, :] + o1[:, None], (u * s2)[None, :] + o2[:, None]
+        ok = inside[None, :] & wanted[:, None]
+        ok = ok & (i1 >= 0) & (i1 < X1) & (i2 >= 0) & (i2 < X2)
+        at = tl.where(ok, ((a * X1)[:, None] + i1) * X2 + i2, 0)
+        if WIDE:
+            at = at.to(tl.int64)
+        word = tl.where(wanted, c // 8 * 8, 0) + c % 8
+        at = at * step + tl.max_contiguous(tl.multiple_of(word, 8), 8)[:, None]
+    else:
+        b = y1 * s1 + o1
+        wanted = wanted & (b >= 0) & (b < X1)
+        line, place = (a * X1 + b) * X2 + o2 + b2, tl.where(inside, u * s2 - b2, 0)
+        if WIDE:
+            line, place = line.to(tl.int64), place.to(tl.int64)
+        line = tl.where(wanted, line * step + c // 8 * 8, 0) + c % 8
+        line = tl.max_contiguous(tl.multiple_of(line, 8), 8)
+        at = line[:, None] + (place * step)[None, :]
+        ok = inside[None, :] & wanted[:, None]
+    return at, ok
 
 
 @triton.jit
-def _offsets(tap, T1, T2, d0, d1, d2, b0, b1, b2):
-    """Where a tap lies, along each axis, from where its voxel does."""
-    return tap // (T1 * T2) * d0 - b0, tap // T2 % T1 * d1 - b1, tap % T2 * d2 - b2
+def _table(ptr, n, c, C, DEFAULT: tl.constexpr):
+    """Of a table (N, C), the entries of rows: (rows, 1)."""
+    return tl.trans(tile.row(ptr, n, c, C, DEFAULT))
+
+
+@triton.jit
+def _seen(at, line, u, inside, k, apart, known, step, Y2, WIDE: tl.constexpr):
+    """Load what columns see of g from places u of rows, each so far apart: (BLOCK_V, columns)."""
+    place = u[:, None] - apart[None, :]
+    ok = inside[:, None] & (place >= 0) & (place < Y2) & known[None, :]
+    place = tl.where(ok, line[:, None] + place, 0)
+    if WIDE:
+        place = place.to(tl.int64)
+    word = tl.max_contiguous(tl.multiple_of(k, 8), 8)
+    return tl.load(at + (place * step + word[None, :]), mask=ok, other=0.0)
+
+
+@triton.jit
+def _next(e, y1, y0, step, across, lines):
+    """Return the place that is `step` steps (0 or 1) behind this one."""
+    e, wrap = tile.carried(e + step, across)
+    y1, wrap = tile.carried(y1 + wrap, lines)
+    return e, y1, y0 + wrap
 
 
 def conv_wgrad(
@@ -146,30 +206,21 @@ def conv_wgrad(
 ) -> Tensor:
     g, x = layout.in_words(g), layout.in_words(x)
     (n, c), k = x.shape[:2], g.shape[1]
-    inp, out, size, stride, before, dilation = walk(x, taps, geometry)
-    many = math.prod(size)
-    product = plans.Product("conv_wgrad", tuple(x.shape), k, taps, geometry, g.dtype)
-    shape = (out[0], out[1], out[2])
-    config = configs.wgrad(
-        product, shape, x.device, not p.is_identity(),
-        lambda: boxes.strides(x) is not None and boxes.strides(g) is not None,
-    )  # fmt: skip
-    read: tuple[Any, Any] = (x, g)
-    if config.box != NO_BOX:
-        read = (
-            tile.image_in_boxes(x, config.box, config.block_c),
-            tile.image_in_boxes(g, config.box, config.block_n),
-        )
-    dw = torch.empty(n * config.splits, many, c, k, dtype=torch.float32, device=x.device)
-    s1, t1, act, slope, s2, t2 = p
+    product = Product("conv_wgrad", tuple(x.shape), k, taps, geometry, g.dtype)
+    steps = walk(x.shape[2:], taps, geometry)
+    config = configs.wgrad(product, steps, x.device, not p.is_identity())
+    t0, t1, t2 = steps.taps
+    rows, columns = (1, t2) if config.along else (t2, 1)
+    shape = (t0, t1, rows, layout.padded(c), columns, layout.padded(k))
+    dw = torch.empty(n * config.splits, *shape, dtype=torch.float32, device=x.device)
+    s1, f1, act, slope, s2, f2 = p
+    inp, out, size, stride, before, dilation = steps
     tile.launch(
         _conv_wgrad_kernel, x, config,
-        *read, dw, s1, t1, slope, s2, t2, act.p, act.q,
-        c, k, math.prod(out), *inp, *out, *size[1:], *stride, *before, *dilation,
-        *voxel_steps(x), *voxel_steps(g), many, config.steps, config.part, config.splits,
-        config.c_blocks, config.k_blocks,
+        x, g, dw, s1, f1, slope, s2, f2, act.p, act.q, c, k, *inp, *out, *size, *stride, *before,
+        *dilation, *voxel_steps(x), *voxel_steps(g), *config.walk,
         PRE=not p.is_identity(), ACT=act.name, WIDE=tile.is_wide(x, g),
-        PRECISION=precision.of(g.dtype), RAGGED=boxes.are_ragged(config.box, shape),
+        PRECISION=precision.of(g.dtype),
     )  # fmt: skip
-    dw = added(dw, 0).permute(2, 1, 0).clone(memory_format=torch.contiguous_format)
-    return dw.reshape(k, c, *taps)
+    dw = added(dw, 0)[:, :, :, :c, :, :k].permute(5, 3, 0, 1, 2, 4)
+    return dw.clone(memory_format=torch.contiguous_format).reshape(k, c, *taps)

@@ -32,6 +32,10 @@ stand_in: Gpu | None = None
 """For measurements of the host (`bench/host.py`): the GPU that the CPU passes for."""
 
 
+target: Gpu | None = None
+"""The GPU that is compiled for by launches on tensors of the device "meta" (`aot`)."""
+
+
 def is_interpreted() -> bool:
     """Whether Triton kernels run on the CPU, by its interpreter."""
     return os.environ.get(INTERPRET, "") in ("1", "true", "True", "on")
@@ -82,9 +86,11 @@ def capability(device: torch.device) -> tuple[int, int]:
     return gpu(device).capability
 
 
-def shared_memory(device: torch.device) -> int:
-    """Return the bytes of shared memory that a program may use there; 0 if that is not known."""
-    return gpu(device).shared if is_gpu(device) else 0
+def known(device: torch.device) -> Gpu | None:
+    """Return the GPU that `device` is, or that is compiled for; None of a CPU."""
+    if device.type == "meta":
+        return target
+    return gpu(device) if is_gpu(device) else None
 
 
 @functools.cache

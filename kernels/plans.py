@@ -34,6 +34,7 @@ class GemmPlan(NamedTuple):
     block_k: int = 64  # channels that are multiplied in a step, at most
     stages: int = 3
     boxes: bool = False  # whether a tile is a box, where the image can be read so
+    is_wide = False
 
     def shared(self, itemsize: int) -> int:
         """Return an upper bound of the bytes of shared memory that a launch takes.
@@ -51,20 +52,31 @@ class GemmPlan(NamedTuple):
 class WgradPlan(NamedTuple):
     """What may be tuned of the launch of the gradient of weights."""
 
-    rows: int = 64  # taps x channels of a tile
-    block_n: int = 64  # channels of a tile, at most
-    block_v: int = 32  # voxels that are multiplied in a step
+    rows: int = 128  # taps x channels of a tile, at most
+    columns: int = 192  # taps x channels of a tile, at most; of half as many, rows may be 256
+    block_v: int = 64  # voxels that are multiplied in a step
     stages: int = 3
-    boxes: bool = False
+    boxes = False  # none reads them
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether only operands that are read from memory leave registers for so many columns."""
+        return self.columns > 96
+
+    def tallest(self, columns: int) -> int:
+        """Return the rows of a tile of so many columns, at most."""
+        return max(self.rows, min(2 * self.rows, 256) if 2 * columns <= self.columns else 0)
 
     def shared(self, itemsize: int) -> int:
         """Return an upper bound of the bytes of shared memory that a launch takes."""
-        operands = self.block_v * (self.rows + self.block_n) * itemsize
-        return max(self.stages * operands, 4 * self.rows * (self.block_n + 8)) + _BESIDE
+        half = self.columns // 2
+        operands = max(self.rows + self.columns, self.tallest(half) + half)
+        operands *= self.block_v * itemsize
+        result = 4 * self.rows * (2 * self.columns // 3 + 8)  # of the first product
+        return max(self.stages * operands, result) + _BESIDE
 
     def __str__(self) -> str:
-        size = f"{self.rows} x {self.block_n} x {self.block_v}"
-        return f"{size}, {self.stages} stages{', boxes' * self.boxes}"
+        return f"{self.rows} x {self.columns} x {self.block_v}, {self.stages} stages"
 
 
 _BESIDE = 2048
@@ -81,13 +93,13 @@ GEMM_PLANS = (
     GemmPlan(128, 128, 64, 4, True),
 )  # fmt: skip
 WGRAD_PLANS = (
-    WgradPlan(), WgradPlan(128, 64, 32), WgradPlan(64, 128, 32), WgradPlan(64, 64, 64),
-    WgradPlan(64, 64, 64, 3, True), WgradPlan(64, 128, 64, 3, True),
+    WgradPlan(), WgradPlan(256, 96, 64), WgradPlan(256, 96, 32, 4), WgradPlan(128, 96, 32, 4),
+    WgradPlan(64, 96, 64),
 )  # fmt: skip
 _GEMM_PLANS_32 = (
     GemmPlan(64, 64, 32), GemmPlan(64, 64, 16), GemmPlan(64, 32, 32), GemmPlan(64, 64, 32, 3, True),
 )  # fmt: skip
-_WGRAD_PLANS_32 = (WgradPlan(64, 64, 32), WgradPlan(64, 32, 32), WgradPlan(64, 64, 32, 3, True))
+_WGRAD_PLANS_32 = (WgradPlan(64, 96, 32), WgradPlan(64, 192, 32), WgradPlan(128, 96, 32))
 """Of float32, whose operands are twice as large."""
 
 
@@ -176,18 +188,25 @@ def candidates(what: Pass | Product, device: torch.device) -> list[Any]:
 
 
 def fitting(what: Product, device: torch.device) -> tuple[Any, ...]:
-    """List the plans that fit into the shared memory of a device, the default first.
+    """List the plans that a device can run well, the default first.
 
     GeForce GPUs, A10, L4 and the like have 99 KB for a program, A100 163, H100 and B200 227.
     """
-    most = machine.shared_memory(device)
-    return within(what.plans, what.dtype.itemsize, most) if most else what.plans
+    gpu = machine.known(device)
+    if gpu is None or not gpu.shared:
+        return what.plans
+    return offered(what.plans, what.dtype.itemsize, gpu.shared, gpu.capability)
 
 
 @functools.cache
-def within(plans: tuple[Any, ...], itemsize: int, most: int) -> tuple[Any, ...]:
-    """List those plans that take at most `most` bytes of shared memory."""
-    return tuple(plan for plan in plans if plan.shared(itemsize) <= most)
+def offered(
+    plans: tuple[Any, ...], itemsize: int, shared: int, capability: tuple[int, int]
+) -> tuple[Any, ...]:
+    """List the plans that fit into so many bytes of shared memory, and whose registers do not
+    spill: where products read registers, as of 8.x and 12.x, a program has 96 columns at most."""
+    narrow = capability[0] not in (9, 10)
+    fit = [plan for plan in plans if plan.shared(itemsize) <= shared]
+    return tuple(plan for plan in fit if not (narrow and plan.is_wide))
 
 
 @contextmanager

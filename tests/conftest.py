@@ -141,7 +141,7 @@ def engine(request):
 
 def large_tiles():
     """The interpreter takes its time per step, whatever its size, and no GPU has to hold it."""
-    large = plans.Plan(2**16), plans.GemmPlan(4096, 128, 128), plans.WgradPlan(512, 128, 2048)
+    large = plans.Plan(2**16), plans.GemmPlan(4096, 128, 128), plans.WgradPlan(512, 512, 2048)
     return plans.use_plan(*(large if RUNNER == "interpreter" else ()))
 
 

@@ -7,6 +7,7 @@ import torch
 from conftest import RUNNER, large_tiles, need_boxes
 
 from cassetta.kernels import configs, dispatch, layout, plans, reference
+from cassetta.kernels.geometry import walk
 from cassetta.kernels.types import NOTHING, Activation, Geometry, Prologue
 
 from compare import assert_near
@@ -264,15 +265,32 @@ def test_the_same_input_gives_the_same_bits(kernels):
         torch.testing.assert_close(two[name], value, rtol=0, atol=0)
 
 
+def test_what_no_tap_reads_is_not_read(kernels):
+    """A NaN of a voxel that taps skip, of a channel beside an image, or of another channel."""
+    x, g = torch.randn(1, 5, 40, 19), torch.randn(1, 6, 38, 1)
+    x[:, :4, :, 1:9] = x[:, :4, :, 10:18] = float("nan")
+    x[:, 4] = float("nan")
+    valid = Geometry((1, 1), ((0, 0), (0, 0)), (1, 9))
+    larger = torch.full((1, 40, 19, 8), float("nan"))
+    larger[..., :5] = x.movedim(1, -1)
+    for image in x, larger[..., :5].movedim(-1, 1):
+        dw = dispatch.passes(x.to(kernels)).conv_wgrad(
+            g.to(kernels), image.to(kernels), NOTHING, (3, 3), valid
+        )
+        truth = reference.conv_wgrad(g, image, NOTHING, (3, 3), valid)
+        assert truth[:, 4].isnan().all()
+        assert truth[:, :4].isfinite().all()
+        torch.testing.assert_close(dw.cpu(), truth, rtol=0, atol=1e-4, equal_nan=True)
+
+
 @pytest.mark.parametrize("splits", [1, 3])
 def test_weights_gather_what_programs_share(splits, kernels):
     """A sum over more voxels than one program visits, in order."""
     x, g = torch.randn(2, 8, 1500 * splits), torch.randn(2, 8, 1500 * splits)
     geometry = Geometry((1,), ((1, 1),), (1,))
     product = plans.Product("conv_wgrad", tuple(x.shape), 8, (3,), geometry, x.dtype)
-    assert (
-        configs.wgrad(product, (1, 1, x.shape[2]), x.device, False, lambda: True).splits >= splits
-    )
+    steps = walk(x.shape[2:], (3,), geometry)
+    assert configs.wgrad(product, steps, x.device, False).splits >= splits
     dw = dispatch.passes(x.to(kernels)).conv_wgrad(
         g.to(kernels), x.to(kernels), NOTHING, (3,), geometry
     )

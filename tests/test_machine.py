@@ -109,7 +109,7 @@ def test_a_gpu_is_asked_once(properties):
     for _ in range(3):
         assert machine.gpu(torch.device("cuda", 1)).name == "sm_90"
         assert machine.capability(torch.device("cuda")) == (9, 0)  # the current one
-        assert machine.shared_memory(torch.device("cuda:1")) == 232_448
+        assert machine.known(torch.device("cuda:1")).shared == 232_448
         assert dispatch.why_not_on(torch.device("cuda", 1)) is None
     assert asked == [1]
     assert [one.capability for one in machine.gpus()] == [(7, 5), (9, 0)]
@@ -169,15 +169,14 @@ def test_the_cpu_stands_in_for_a_gpu(monkeypatch):
     monkeypatch.delenv(machine.INTERPRET, raising=False)
     monkeypatch.setattr(dispatch, "SMALL", 0)
     monkeypatch.setattr(dispatch, "_why_not_importable", lambda: None)
-    assert (machine.kernels_on(), machine.is_gpu(cpu), machine.shared_memory(cpu)) == (
-        "cuda", False, 0,
-    )  # fmt: skip
+    assert (machine.kernels_on(), machine.is_gpu(cpu)) == ("cuda", False)
+    assert machine.known(cpu) is machine.known(torch.device("meta")) is None
     assert dispatch.why_reference(x) == "the image is on the CPU"
     old, new = (machine.Gpu("null", version, 2**34, 2**22, 2**17) for version in ((7, 5), (9, 0)))
     monkeypatch.setattr(machine, "stand_in", new)
     assert machine.kernels_on() == "cpu"
     assert machine.is_gpu(cpu)
-    assert machine.shared_memory(cpu) == 2**17
+    assert machine.known(cpu) is new
     assert machine.capability(cpu) == (9, 0)
     assert dispatch.why_reference(x) is None
     assert dispatch.why_not_on(gpu)

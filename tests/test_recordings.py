@@ -37,7 +37,7 @@ def replays():
     return [found for found in recordings._known.values() if callable(found)]
 
 
-TILES = plans.Plan(1024, 4), plans.GemmPlan(64, 16, 16), plans.WgradPlan(64, 16, 64)
+TILES = plans.Plan(1024, 4), plans.GemmPlan(64, 16, 16), plans.WgradPlan(64, 48, 64)
 """As small as these images: the interpreter computes all of a tile."""
 
 

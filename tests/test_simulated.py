@@ -174,20 +174,17 @@ BOXED = [
 ]
 
 
-def _plans(dtype, boxed):
-    """The first of convolutions, and of gradients of weights, that copy boxes, or do not."""
+def _plan(dtype, boxed):
+    """The first plan of convolutions that copies boxes, or does not."""
     unit = Geometry((1,), ((0, 0),), (1,))
-    every = (
-        plans.Product(kind, (1, 1), 1, (1,), unit, dtype).plans
-        for kind in ("conv_fprop", "conv_wgrad")
-    )
-    return [next(plan for plan in some if plan.boxes == boxed) for some in every]
+    every = plans.Product("conv_fprop", (1, 1), 1, (1,), unit, dtype).plans
+    return next(plan for plan in every if plan.boxes == boxed)
 
 
 @pytest.mark.parametrize(("name", "how", "pending", "activation"), BOXED, ids=str)
 def test_convolutions_of_boxes(name, how, pending, activation, kernels, hopper):
     """TMA: what a copy brings, and where it is awaited."""
-    with plans.use_plan(*_plans(PRECISIONS[how], True)):
+    with plans.use_plan(_plan(PRECISIONS[how], True)):
         assert_right(name, how, kernels, "words", pending, activation)
 
 
@@ -228,7 +225,7 @@ def test_no_product_reads_registers_that_are_set_anew(channels, pending, boxed, 
         else NOTHING
     )
     geometry = Geometry((1,), ((taps // 2, taps // 2),), (1,))
-    with plans.use_plan(*_plans(BF16, boxed)):
+    with plans.use_plan(_plan(BF16, boxed)):
         y = dispatch.passes(x).conv_fprop(x, p, w, None, geometry)[0]
     truth = reference.conv_fprop(
         x.double(), test_convolutions.double(p), w.double(), None, geometry

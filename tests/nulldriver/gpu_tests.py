@@ -111,8 +111,8 @@ def test_a_network_is_launched():
 
 def test_boxes_are_described_to_the_driver():
     """By tensor maps, which Triton's launcher asks the driver to encode."""
-    plan = plans.GemmPlan(64, 16, 16, 2, True), plans.WgradPlan(16, 16, 64, 2, True)
-    with dispatch.use_engine("gemm"), plans.use_plan(*plan):
+    boxed = plans.GemmPlan(64, 16, 16, 2, True)
+    with dispatch.use_engine("gemm"), plans.use_plan(boxed):
         block()(image()).sum().backward()
     assert standin.DRIVER.null_tensor_maps() > 2
 
@@ -120,7 +120,7 @@ def test_boxes_are_described_to_the_driver():
 def test_what_is_known_of_a_gpu():
     have((8, 0), (9, 0))
     assert [one.capability for one in machine.gpus()] == [(8, 0), (9, 0)]
-    assert machine.shared_memory(torch.device("cuda", 1)) == 232_448
+    assert machine.known(torch.device("cuda", 1)).shared == 232_448
     about = evidence.about(torch.device("cuda", 1))
     assert (about["gpu"], about["driver"]) == ("NVIDIA Null 9.0", "12080")
 

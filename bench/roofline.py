@@ -1,0 +1,201 @@
+"""Lower bounds of the time of our own convolutions, from their machine code: nothing is measured.
+
+    python bench/roofline.py --machine H100 A100 --channels 5 21 64 --passes conv_wgrad
+
+needs triton, and no GPU. A launch takes at least the longest of
+
+    issue    its instructions, on the four schedulers of each SM
+    product  what it multiplies, padding too, at the dense rate of the tensor cores
+    shared   what it writes to shared memory and reads from there, at 128 bytes a clock and SM
+    cache    what it reads from the L2 cache, of which each step of each program reads its operands
+    memory   images read and written once, and shares of programs written and read again
+
+of which latency, barriers, conflicts of banks and how many programs an SM holds are no part. The
+rates of a machine are its data sheet's, those of its L2 cache and of `mma.sync` on sm_90 assumed.
+"""
+
+import argparse
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cassetta.kernels import aot, conv_dgrad, conv_fprop, conv_wgrad, layout
+from cassetta.kernels.configs import GemmConfig, WgradConfig
+from cassetta.kernels.types import NOTHING, Activation, Geometry
+
+
+class Machine(NamedTuple):
+    """What a GPU does per second, or per clock."""
+
+    arch: int
+    sms: int
+    clock: float  # per second
+    products: float  # multiplications and additions in 16 bits, of an SM per clock
+    cache: float  # bytes per second from L2: assumed
+    memory: float  # bytes per second
+
+
+MACHINES = {
+    "H100": Machine(90, 132, 1.755e9, 4096, 5.5e12, 3.35e12),
+    "H200": Machine(90, 132, 1.755e9, 4096, 5.5e12, 4.8e12),
+    "A100": Machine(80, 108, 1.41e9, 2048, 4.0e12, 1.9e12),
+    "L40S": Machine(89, 142, 2.2e9, 1024, 4.0e12, 0.86e12),
+    "RTX 5090": Machine(120, 170, 2.4e9, 1024, 5.0e12, 1.79e12),
+}
+SYNC = 0.62
+"""Of the rate of `wgmma`, that of `mma.sync` on sm_90: assumed."""
+
+
+class Work(NamedTuple):
+    """What a launch does, at least."""
+
+    issue: float  # instructions of warps
+    product: float  # multiplications and additions
+    shared: float  # bytes
+    cache: float  # bytes
+    memory: float  # bytes
+
+    def seconds(self, machine: Machine, wide: bool) -> dict[str, float]:
+        """Return what each part takes; `wide` if it multiplies by `wgmma` or newer."""
+        clocks = machine.sms * machine.clock
+        rate = machine.products * (SYNC if machine.arch == 90 and not wide else 1)
+        return {
+            "issue": self.issue / 4 / clocks,
+            "product": self.product / rate / clocks,
+            "shared": self.shared / 128 / clocks,
+            "cache": self.cache / machine.cache,
+            "memory": self.memory / machine.memory,
+        }
+
+
+class Bound(NamedTuple):
+    """The bound of a pass of a convolution on a machine."""
+
+    name: str
+    channels: int
+    seconds: dict[str, float]
+    plan: str  # of the launch, in words
+
+    @property
+    def limit(self) -> str:
+        """What takes longest."""
+        return max(self.seconds, key=self.seconds.__getitem__)
+
+
+def bounds(
+    machine: Machine, name: str, channels: int, side: int, dilation: int = 1
+) -> Iterator[Bound]:
+    """Yield those of the launches of a pass with 3 x 3 x 3 taps in bfloat16, `channels` to as many,
+    an image of `side`^3 voxels padded to its own size."""
+    size, dtype = (side,) * 3, torch.bfloat16
+    x = layout.empty((1, channels, *size), dtype, "meta")
+    w = torch.empty(channels, channels, 3, 3, 3, dtype=dtype, device="meta")
+    same = Geometry((1,) * 3, ((dilation, dilation),) * 3, (dilation,) * 3)
+    launches: list[tuple[Any, Any]] = []
+    with aot.captured(machine.arch, lambda _, config, built: launches.append((config, built))):
+        if name == "conv_fprop":
+            conv_fprop.conv_fprop(x, NOTHING, w, w[:, 0, 0, 0, 0], same, moments_of=Activation())
+        elif name == "conv_dgrad":
+            conv_dgrad.conv_dgrad(x, w, same, size)
+        else:
+            conv_wgrad.conv_wgrad(x, x, NOTHING, (3, 3, 3), same)
+    for config, built in launches:
+        if isinstance(config, GemmConfig | WgradConfig):
+            code = instructions(built)
+            wide = bool(re.search(r"wgmma|tcgen05", built.asm["ptx"]))
+            work = (_of_weights if name == "conv_wgrad" else _of_image)(config, code, x, wide)
+            yield Bound(name, channels, work.seconds(machine, wide), _in_words(config, code, built))
+
+
+class Code(NamedTuple):
+    """Instructions of a compiled kernel."""
+
+    loop: int  # of the loop that multiplies
+    rest: int
+
+
+def instructions(built: Any) -> Code:
+    """Count those of a compiled kernel; a branch that is seldom taken counts, too."""
+    found = re.findall(r"\s/\*([0-9a-f]{4,})\*/\s+(.*?);", aot.told(built.asm["cubin"], "-sass"))
+    where = {int(address, 16): number for number, (address, _) in enumerate(found)}
+    loops = []
+    for number, (_, text) in enumerate(found):
+        to = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        start = where.get(int(to[1], 16), number) if to else number
+        if any(re.search("HGMMA|HMMA|UTC.?MMA", line) for _, line in found[start:number]):
+            loops.append(number + 1 - start)
+    loop = min(loops, default=len(found))
+    return Code(loop, len(found) - loop)
+
+
+def _of_image(config: Any, code: Code, x: Tensor, wide: bool) -> Work:
+    rows, columns, depth = config.block_m, config.block_n, config.block_k
+    stored, size = layout.padded(x.shape[1]), x.element_size()
+    steps = 27 * -(-stored // depth) * config.programs
+    left, right = rows * depth * size, depth * columns * size
+    again = rows // 64 if wide else config.warps  # that read the right operand
+    return Work(
+        (steps * code.loop + config.programs * code.rest) * config.warps,
+        2 * steps * rows * columns * depth,
+        steps * (2 * left + right + right * again),
+        steps * min(depth, stored) * (rows + min(columns, stored)) * size,
+        2 * math.prod(x.shape[2:]) * stored * size,
+    )
+
+
+def _of_weights(config: Any, code: Code, x: Tensor, wide: bool) -> Work:
+    stored, size, taps = layout.padded(x.shape[1]), x.element_size(), 3 if config.along else 1
+    rows, columns, tile = 27 // taps * stored, taps * stored, config.block_n + config.block_n2
+    steps, voxels = config.steps * config.r_blocks * config.q_blocks, config.steps * config.block_v
+    left, right = config.block_r * config.block_v * size, tile * config.block_v * size
+    again = config.block_r // 64 if wide else config.warps
+    products = 2 if config.block_n2 and wide else 1  # that read the left operand
+    share = config.splits * rows * columns * 4
+    return Work(
+        (steps * code.loop + config.programs * code.rest) * config.warps,
+        2 * steps * config.block_r * tile * config.block_v,
+        steps * (left + right + left * products + right * again),
+        voxels * size * (config.q_blocks * rows + config.r_blocks * columns),
+        2 * math.prod(x.shape[2:]) * stored * size + 2 * share,
+    )
+
+
+def _in_words(config: Any, code: Code, built: Any) -> str:
+    registers = aot.usage(built.asm["cubin"])["REG"]
+    if isinstance(config, WgradConfig):
+        tile = f"{config.block_r} x ({config.block_n} + {config.block_n2}) x {config.block_v}"
+    else:
+        tile = f"{config.block_m} x {config.block_n} x {config.block_k}"
+    return (
+        f"{tile}, {config.warps} warps, {registers} registers, "
+        f"{built.metadata.shared // 1024} KB, {code.loop} + {code.rest} instructions"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--machine", nargs="+", choices=[*MACHINES], default=["H100", "A100"])
+    parser.add_argument("--channels", nargs="+", type=int, default=[5, 16, 21, 32, 64, 128])
+    names = ["conv_fprop", "conv_dgrad", "conv_wgrad"]
+    parser.add_argument("--passes", nargs="+", choices=names, default=names)
+    asked = parser.parse_args()
+    print(
+        "| machine | pass | channels | bound, ms | by |", *[f" {n} |" for n in Work._fields], sep=""
+    )
+    print("|" + " --- |" * (5 + len(Work._fields)) + " --- |")
+    for machine in asked.machine:
+        for name in asked.passes:
+            for channels in asked.channels:
+                side = 256 if channels <= 32 else 128
+                for one in bounds(MACHINES[machine], name, channels, side):
+                    parts = [f"{1e3 * part:.2f}" for part in one.seconds.values()]
+                    cells = [machine, name, channels, f"{1e3 * max(one.seconds.values()):.2f}"]
+                    print("|", " | ".join(map(str, [*cells, one.limit, *parts, one.plan])), "|")
+
+
+if __name__ == "__main__":
+    main()
