@@ -197,7 +197,9 @@ def wgrad(product: Product, steps: Walk, device: torch.device, heavy: bool) -> W
     rows, columns = t0 * t1 * channels * (1 if along else t2), results * (t2 if along else 1)
     most = min(plan.columns, 64) if exact or heavy else plan.columns
     block_n, block_n2, q_blocks = _columns(columns, most, not (exact or heavy))
-    tallest = plan.rows if exact or heavy else plan.tallest(block_n + block_n2)
+    tallest = min(plan.rows, 64 if exact else 128)
+    if not (exact or heavy):
+        tallest = plan.tallest(block_n + block_n2)
     block_r = _rows(rows, tallest)
     block_v, width = _places(high, stop - start, 16 if exact else plan.block_v)
     across, lines = -(-(stop - start) // width), -(-high // (block_v // width))
@@ -205,12 +207,12 @@ def wgrad(product: Product, steps: Walk, device: torch.device, heavy: bool) -> W
     part = max(1, -(-visited // max(1, min(PROGRAMS // max(others, 1), visited // 4))))
     splits = max(1, -(-visited // part))
     strides = steps.stride[2] > 1
-    held = 16 if exact or heavy else 192 // product.dtype.itemsize
+    held = 16 if exact or heavy else 96 if product.dtype.itemsize == 2 else 32
     return WgradConfig(
         along, width < block_v or not (along or strides or t2 == 1),
         block_r, block_n, block_n2, block_v, start, stop, width, across, lines, visited, part,
         splits, -(-rows // block_r), q_blocks, others * splits,
-        _warps(held, block_r * (block_n + block_n2)), plan.stages,
+        _warps(held, block_r * max(block_n + block_n2, block_v)), plan.stages,
     )  # fmt: skip
 
 
@@ -221,20 +223,24 @@ def _places(high: int, wide: int, most: int) -> tuple[int, int]:
     powers = [1 << power for power in range(most.bit_length())]
     found = [(v, w) for v in powers if v >= 16 for w in powers if w <= v]
 
-    def cost(pair: tuple[int, int]) -> float:
+    def cost(pair: tuple[int, int]) -> tuple[float, int]:
         v, w = pair
-        return -(-wide // w) * -(-high // (v // w)) * (v + 32) * (1.15 if w < v else 1.0)
+        steps = -(-wide // w) * -(-high // (v // w))
+        return steps * (v + 32) * (1.15 if w < v else 1.0), -w
 
     return min(found, key=cost)
 
 
 @functools.lru_cache(4096)
 def _columns(columns: int, most: int, two: bool) -> tuple[int, int, int]:
-    """Return a tile's columns for a first product, for a second, and the tiles that cover all."""
+    """Return a tile's columns for a first product, for a second, and the tiles that cover all.
+
+    A single one has 64 at most: of 128, ptxas for sm_90 makes each wait for the one before.
+    """
     one = -(-columns // (8 * -(-columns // most))) * 8
     block = _power(one)
     first, second = block // 2, max(16, _power(one - block // 2))
-    if not two or first + second >= block or first < 16:
+    if not two or (block <= 64 and first + second >= block):
         first, second = max(16, block), 0
     return first, second, -(-columns // (first + second))
 
