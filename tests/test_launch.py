@@ -1,6 +1,7 @@
 """Convolutions that wait until they are read: computed once, in one node or two."""
 
 import copy
+import functools
 import importlib
 import re
 import traceback
@@ -12,7 +13,7 @@ import torch
 import cassetta
 from cassetta.backbones import ATrousNet, ConvDecoder, ConvEncoder, MeshNet, UNet
 from cassetta.functional import Deferred, Normalization, Pool, Product, Running, convolved, defer
-from cassetta.kernels import dispatch, engines
+from cassetta.kernels import dispatch, engines, library
 from cassetta.kernels.types import Activation, Geometry
 from cassetta.layers import ConvBlock, ConvGroup, ModuleSum
 
@@ -109,22 +110,23 @@ def image(channels=4):
 @pytest.mark.parametrize("first", ["late", "early"])
 def test_a_reader_that_was_not_announced_gets_what_it_asked_for(first, engine):
     """Steps were added to an image that is read without them, too: before or after they are."""
-    x, w = image()
+    (x, w), b = image(), torch.randn(4, dtype=torch.float64)
     geometry = Geometry((1,), ((1, 1),), (1,))
     gamma, beta = torch.ones(2, 4, dtype=torch.float64).unbind()
     with dispatch.fused_on_reference():
-        early = convolved(defer(x), Product(engine, geometry), w, None)
+        early = convolved(defer(x), Product(engine, geometry), w, b)
         running = Running(*torch.zeros(2, 4, dtype=torch.float64), torch.tensor(0), 0.1, False)
         norm = Normalization(gamma, beta, 1e-5, Pool("batch"), running=running)
         late = early.normalized(norm).activated(Activation("silu"))
         order = (late, early) if first == "late" else (early, late)
         found = dict(zip(("late", "early") if first == "late" else ("early", "late"),
                          [one.z() for one in order], strict=True))  # fmt: skip
-    y = torch.nn.functional.conv1d(x, w, padding=1)
+    y = torch.nn.functional.conv1d(x, w, b, padding=1)
     z = torch.nn.functional.silu(torch.nn.functional.batch_norm(y, None, None, gamma, beta, True))
     assert_near(found["early"].detach().contiguous(), y.detach())
     assert_near(found["late"].detach().contiguous(), z.detach())
     assert running.batches == 1
+    assert_near(running.mean, 0.1 * y.detach().mean((0, 2)))
     both = found["early"].sin().sum() + found["late"].cos().sum()
     expected = torch.autograd.grad(y.sin().sum() + z.cos().sum(), [x, w])
     for ours, theirs in zip(torch.autograd.grad(both, [x, w]), expected, strict=True):
@@ -202,6 +204,64 @@ def test_the_gradient_of_a_bias_before_a_norm_takes_no_pass(norm, least, engine,
     masks = [args[-1] for func, args in counted.calls if "convolution_backward" in str(func)]
     assert len(masks) == 2 * (engine == "library")
     assert not any(mask[2] for mask in masks)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("least", [0, 2**24], ids=["apart", "one node"])
+@pytest.mark.parametrize(
+    ("pool", "order", "momentum", "is_taken"),
+    [
+        (Pool("batch"), "n", 0.1, True),
+        (Pool("batch"), "na", None, True),  # all batches weigh the same
+        (Pool("instance"), "n", 0.1, True),
+        (Pool("group", 2), "n", None, False),
+        (Pool("batch"), "dn", 0.1, False),
+        (Pool("batch"), "an", 0.1, False),
+    ],
+)
+def test_a_bias_that_a_norm_takes_out_is_not_added(
+    pool, order, momentum, is_taken, least, transposed, monkeypatch
+):
+    """By torch's convolutions, to which it is a pass; running means are what they would be."""
+    monkeypatch.setattr(importlib.import_module("cassetta.functional.launch"), "APART", least)
+    name, given = "conv_transposed" if transposed else "conv", []
+    run = getattr(library, name)
+    monkeypatch.setattr(library, name, lambda x, w, b, *a: given.append(b) or run(x, w, b, *a))
+    draw = functools.partial(torch.randn, dtype=torch.float64)
+    x, w, b, gamma, beta = draw(3, 4, 10), draw(4, 4, 2), draw(4) + 3.0, draw(4), draw(4)
+    every = [one.requires_grad_() for one in (x, w, b, gamma, beta)]
+    factor = torch.tensor([0.0, 2.0, 2.0, 0.0], dtype=torch.float64).expand(3, 4)
+    geometry = Geometry((2,), ((0, 0),), (1,))
+    running = Running(*torch.zeros(2, 4, dtype=torch.float64), torch.tensor(3), momentum,
+                      pool.kind == "instance")  # fmt: skip
+    convolve = torch.nn.functional.conv_transpose1d if transposed else torch.nn.functional.conv1d
+    with dispatch.fused_on_reference():
+        ours = convolved(defer(x), Product("library", geometry, transposed), w, b)
+        norm = Normalization(gamma, beta, 1e-5, pool, None, None if pool.groups > 1 else running)
+        for letter in order:
+            ours = {"n": lambda one: one.normalized(norm), "d": lambda one: one.scaled(factor),
+                    "a": lambda one: one.activated(Activation("silu"))}[letter](ours)  # fmt: skip
+        ours = ours.z()
+        assert [one is None for one in given] == [is_taken]
+    z = convolve(x, w, b, stride=2)
+    for letter in order:
+        if letter == "n":
+            own = z.detach()
+            if pool.kind == "batch":
+                z = torch.nn.functional.batch_norm(z, None, None, gamma, beta, True)
+            else:
+                z = torch.nn.functional.group_norm(z, pool.groups if pool.groups > 1 else 4, gamma,
+                                                   beta)  # fmt: skip
+        else:
+            z = z * factor[:, :, None] if letter == "d" else torch.nn.functional.silu(z)
+    assert_near(ours.detach(), z.detach())
+    if pool.groups == 1:
+        assert_near(running.mean, own.mean((0, 2)) * (0.25 if momentum is None else momentum))
+    for mine, theirs in zip(
+        torch.autograd.grad(ours.sin().sum(), every), torch.autograd.grad(z.sin().sum(), every),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("least", [0, 2**24], ids=["apart", "one node"])

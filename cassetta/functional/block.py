@@ -73,6 +73,7 @@ class Plan(NamedTuple):
     leaves: bool  # that activation leaves with the product
     is_summed: bool  # readers may return sums
     rounds: tuple[torch.dtype, torch.dtype] | None = None  # the weights, from and to these
+    is_lost: bool = False  # the bias is not added, for the norm takes it out
 
     def group(self) -> Any:
         """Return the group of processes that share the statistics, if any do."""
@@ -151,7 +152,7 @@ def compute(
         As `beside` lists them.
     """
     begin, end = partial(_begun, plan, numbers), partial(_ended, plan, numbers, running)
-    group, rest = plan.group(), (*inputs[5:], *tensors[_TABLES:])
+    group, rest = plan.group(), (inputs[3], *inputs[5:], *tensors[_TABLES:])
     if group is None:
         y, out, w, *own = begin(*inputs, *tensors)
         return y, out, *end(y, *own, None, *rest), w
@@ -168,7 +169,7 @@ def _begun(plan: Plan, numbers: tuple[float, ...], *given: Any) -> tuple[Any, ..
     steps = plan.steps(gamma, beta, weight, tensors[_FACTORS : _FACTORS + 3], numbers)
     if tensors[-1] is not None:
         own = Moments(*tensors[-2:])  # type: ignore[arg-type]
-    y, w, b = x, plan.rounded(w), plan.rounded(b)
+    y, w, b = x, plan.rounded(w), None if plan.is_lost else plan.rounded(b)
     if plan.product is not None:
         assert w is not None
         p, p2, epilogue = (
@@ -196,10 +197,12 @@ def _begun(plan: Plan, numbers: tuple[float, ...], *given: Any) -> tuple[Any, ..
 
 def _ended(
     plan: Plan, numbers: tuple[float, ...], running: Running | None, y: Tensor, mean: Any, var: Any,
-    every: Any, gamma: Any, beta: Any, weight: Any, *tables: Any,
+    every: Any, b: Any, gamma: Any, beta: Any, weight: Any, *tables: Any,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Compute what the norm amounts to; or else return the moments."""
     n = len(Tables._fields)
+    if plan.is_lost and running is not None:
+        running = running.shifted(b.to(y.dtype))
     steps = plan.steps(gamma, beta, weight, tables[n : n + 3], numbers, running)
     if steps.are_known():
         return mean, var, None

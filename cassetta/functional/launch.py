@@ -72,13 +72,18 @@ class Launch(NamedTuple):
             return launch._plain(steps)
         if leaves:
             launch = launch._with(Prologue(activation=steps.activation), None)
+        bias, flags = launch.bias, (by_result, leaves, sums)
+        # to torch's convolutions, a bias is a pass
+        is_lost = bias is not None and ENGINES[self.product.engine].IS_TORCH and steps.take_out()
         if is_one or steps.are_none():
-            return _node(launch, launch.first, steps, None, of, (by_result, leaves, sums))[0]
-        bias = launch.bias if steps.word[:1] == "n" and not steps.are_known() else None
-        if bias is not None:  # whose gradient follows from what the norm asks for
-            launch = launch._with(launch.epilogue, launch.residual, bias.detach())
+            return _node(launch, launch.first, steps, None, of, flags, None, is_lost)[0]
+        if bias is not None and steps.word[:1] == "n" and not steps.are_known():
+            # its gradient follows from what the norm asks for
+            launch = launch._biased(None if is_lost else bias.detach())
+        else:
+            bias = None
         y, own = _node(launch, launch.first, Steps(), None, of, (False, False, False))
-        return _node(None, y, steps, own, None, (by_result, leaves, sums), bias)[0]
+        return _node(None, y, steps, own, None, flags, bias, is_lost)[0]
 
     def _is_plain(self, steps: Steps) -> bool:
         """Tell whether nodes of torch keep no more than ours, which is slower for the host."""
@@ -122,14 +127,18 @@ class Launch(NamedTuple):
     def _fuses(self) -> bool:
         return ENGINES[self.product.engine].FUSES
 
-    def _with(
-        self, epilogue: Prologue, residual: Tensor | None, other: Tensor | None = None
-    ) -> Launch:
+    def _with(self, epilogue: Prologue, residual: Tensor | None) -> Launch:
         product, first, second, weight, bias, like, differentiable, by_result, owner, _, _ = self
-        bias = bias if other is None else other
-        images = first, second
         kind = like, differentiable, by_result, owner
-        return Launch(product, *images, weight, bias, *kind, epilogue, residual)
+        return Launch(product, first, second, weight, bias, *kind, epilogue, residual)
+
+    def _biased(self, bias: Tensor | None) -> Launch:
+        (
+            product, first, second, weight, _, like, differentiable, by_result, owner, epilogue,
+            residual,
+        ) = self  # fmt: skip
+        kind = like, differentiable, by_result, owner
+        return Launch(product, first, second, weight, bias, *kind, epilogue, residual)
 
     def _folded(self, steps: Steps) -> tuple[Launch, Steps]:
         """Return what leaves with the product in inference, and the steps that are left."""
@@ -160,13 +169,14 @@ def transformed(x: Tensor, steps: Steps, own: Moments | None, sums: bool) -> Ima
 
 def _node(
     launch: Launch | None, x: Image, steps: Steps, own: Moments | None, of: Activation | None,
-    flags: tuple[bool, bool, bool], b: Tensor | None = None,
+    flags: tuple[bool, bool, bool], b: Tensor | None = None, is_lost: bool = False,
 ) -> tuple[Image, Moments | None]:  # fmt: skip
     """Run the node of autograd, or what it computes, where nothing asks for a gradient.
 
     Returns moments of y if they are asked for, by `of`, and no step takes them. The flags are those
     of a plan: `by_result`, `leaves`, and `is_summed` as far as readers are concerned. Without a
-    launch, x may be a sum with a bias b, of which it is no function in the graph.
+    launch, x may be a sum with a bias b, of which it is no function in the graph. If `is_lost`, the
+    bias is not added, for the norm takes it out.
     """
     by_result, leaves, is_summed = flags
     product = second = w = r = rounds = None
@@ -180,7 +190,7 @@ def _node(
     told: list[Any] = [is_summed and is_node and norm is not None and not traces]
     tables = prepared(like, steps)
     flags = by_result, leaves, told[0]
-    plan, numbers = _plan(product, x, second, epilogue, steps, of, flags, rounds)
+    plan, numbers = _plan(product, x, second, epilogue, steps, of, flags, (rounds, is_lost))
     tensors = beside(
         _tables(x),
         _tables(second),
@@ -206,8 +216,9 @@ def _node(
     else:
         tables = completed(tables, steps.word, found)
         if running is None and norm.running is not None:
+            running = norm.running.shifted(b.to(z.dtype)) if is_lost else norm.running  # type: ignore
             with torch.no_grad():
-                norm.running.update(found)
+                running.update(found)
     if by_result:
         return Image(z, _rest(steps)), None
     outer = steps.word == "an"
@@ -218,7 +229,7 @@ def _node(
 def _plan(
     product: Product | None, x: Image, second: Image | None, epilogue: Prologue, steps: Steps,
     of: Activation | None, flags: tuple[bool, bool, bool],
-    rounds: tuple[torch.dtype, torch.dtype] | None,
+    last: tuple[tuple[torch.dtype, torch.dtype] | None, bool],
 ) -> tuple[Plan, tuple[float, ...]]:  # fmt: skip
     """Return what a node does, and the numbers that it needs (`block.compute`)."""
     p2, outer2 = (NOTHING, False) if second is None else (second.prologue, second.outer)
@@ -231,7 +242,7 @@ def _plan(
     norm, names = steps.norm, tuple([activation.name for activation in activations])
     pooled = None if norm is None else (norm.pool, norm.fixed is not None)
     plan = Plan(
-        product, (x.outer, outer2), names, steps.word, pooled, of is not None, *flags, rounds
+        product, (x.outer, outer2), names, steps.word, pooled, of is not None, *flags, *last
     )
     return plan, (*numbers, 0.0 if norm is None else float(norm.eps))
 

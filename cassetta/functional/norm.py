@@ -50,6 +50,7 @@ class Running(NamedTuple):
     batches: Tensor | None  # how many there have been
     momentum: float | None  # None: all batches weigh the same
     averaged: bool  # over samples, which have statistics of their own
+    shift: Tensor | None = None  # (C,) that the values lack, and their mean with them
 
     def are_plain(self) -> bool:
         """Tell whether `norm_finalize_running` updates such."""
@@ -59,13 +60,14 @@ class Running(NamedTuple):
 
     def update(self, found: Sequence[Tensor | None]) -> None:
         """Take in what `standardize` found; all is computed before anything is changed."""
-        mean, var, batches, momentum, averaged = self
+        mean, var, batches, momentum, averaged, shift = self
         tables, new_mean, new_var = found
         if new_mean is None:
             assert tables is not None
             new_mean, new_var = tables[0], tables[1]
         newest: Any = (new_mean, mean), (new_var, var)
         new = [(one.mean(0) if averaged else one[0]).to(kept.dtype) for one, kept in newest]
+        new[0] = new[0] if shift is None else new[0] + shift.to(mean.dtype)
         if batches is not None:
             batches.add_(1)
         weight: Any = 0.0 if momentum is None else momentum
@@ -73,6 +75,16 @@ class Running(NamedTuple):
             weight = 1.0 / batches.to(mean.dtype)
         mean.lerp_(new[0], weight)
         var.lerp_(new[1], weight)
+
+    def shifted(self, shift: Tensor) -> "Running":
+        """Return those of values that lack a shift (C,)."""
+        mean, var, batches, momentum, averaged, _ = self
+        return Running(mean, var, batches, momentum, averaged, shift.detach())
+
+    def move(self) -> None:
+        """Add to the mean what the update by a pass lacks."""
+        if self.shift is not None:
+            self.mean.add_(self.shift, alpha=self.momentum)  # type: ignore[arg-type]
 
 
 class Normalization(NamedTuple):
@@ -106,6 +118,7 @@ def standardize(
     if own is None and norm.fixed is None:
         if norm.updates():
             tables = ops.norm_statistics_running(x, p, *given, *norm.running[:4])  # type: ignore
+            norm.running.move()  # type: ignore[union-attr]
         else:
             tables = ops.norm_statistics(x, p, *given, pooling)
         return tables, None, None
@@ -120,7 +133,9 @@ def standardize(
         found, pooling = Moments(mean.expand(n, -1), var.expand(n, -1)), FIXED
     if norm.updates():
         kept: Any = norm.running[:4]  # type: ignore[index]
-        return ops.norm_finalize_running(found, *given, voxels, *kept), None, None
+        tables = ops.norm_finalize_running(found, *given, voxels, *kept)
+        norm.running.move()  # type: ignore[union-attr]
+        return tables, None, None
     tables = ops.norm_finalize(found, *given, voxels, pooling)
     if of_all[0] is not None:  # what is summed is centred at the mean of what is here
         tables = torch.cat([tables[:5], own.mean[None]])

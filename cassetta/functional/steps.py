@@ -59,6 +59,14 @@ class Steps(NamedTuple):
         """Tell whether the result of the activation is all that its gradient needs."""
         return self.word == "a" and told_by_result(self.activation)
 
+    def take_out(self) -> bool:
+        """Tell whether they take out what is added to each channel: by a norm of whole channels, to
+        whose values nothing is done before."""
+        norm = self.norm
+        if norm is None or norm.fixed is not None or self.factors[0] is not None:
+            return False
+        return self.word[0] == "n" and norm.pool.kind in ("batch", "instance")
+
     def moments_of(self) -> Activation | None:
         """Name the function of an image whose moments its norm needs; None for none.
 
