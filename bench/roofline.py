@@ -34,7 +34,7 @@ class Machine(NamedTuple):
     arch: int
     sms: int
     clock: float  # per second
-    products: float  # multiplications and additions in 16 bits, of an SM per clock
+    products: float  # multiplications and additions, of 16 bits in float32, of an SM per clock
     cache: float  # bytes per second from L2: assumed
     memory: float  # bytes per second
 
@@ -44,7 +44,7 @@ MACHINES = {
     "H200": Machine(90, 132, 1.755e9, 4096, 5.5e12, 4.8e12),
     "A100": Machine(80, 108, 1.41e9, 2048, 4.0e12, 1.9e12),
     "L40S": Machine(89, 142, 2.2e9, 1024, 4.0e12, 0.86e12),
-    "RTX 5090": Machine(120, 170, 2.4e9, 1024, 5.0e12, 1.79e12),
+    "RTX 5090": Machine(120, 170, 2.4e9, 512, 5.0e12, 1.79e12),
 }
 SYNC = 0.62
 """Of the rate of `wgmma`, that of `mma.sync` on sm_90: assumed."""

@@ -137,8 +137,8 @@ at most 1/2^16 of the image, and the second stage reads them in no time."""
 
 
 PROGRAMS = 528
-"""Of a gradient of weights, at most: 4 for each SM of a large GPU, so that they end together. Each
-leaves its share of a table as large as the weights, in float32."""
+"""Of a gradient of weights, unless it has more tiles: 4 for each SM of a large GPU, which end
+together. Each leaves its share of a table as large as the weights, in float32."""
 
 
 def of(name: str, x: Tensor, strides: tuple[int, int, int], reduce: bool) -> Config:
@@ -187,31 +187,33 @@ def wgrad(product: Product, steps: Walk, device: torch.device, heavy: bool) -> W
     samples, plan = product.shape[0], plans.chosen(product, device)
     channels, results = layout.padded(product.shape[1]), layout.padded(product.channels)
     (deep, high, wide), (t0, t1, t2), far = steps.out, steps.taps, steps.dilation[2]
+    length, pad, is_strided = steps.inp[2], steps.before[2], steps.stride[2] > 1
     # (no tap sees some voxels between taps that are farther apart than g is wide)
-    along = steps.stride[2] == 1 and not heavy and wide >= far
+    along = not (is_strided or heavy) and (t2 == 1 or wide >= far)
     start, stop = 0, wide
     if along:
-        start = steps.before[2]
-        stop = max(start, min(steps.inp[2] + start, wide + (t2 - 1) * far))
+        start, stop = pad, min(length + pad, wide + (t2 - 1) * far)
     exact = precision.of(product.dtype) == "ieee"
     rows, columns = t0 * t1 * channels * (1 if along else t2), results * (t2 if along else 1)
     most = min(plan.columns, 64) if exact or heavy else plan.columns
     block_n, block_n2, q_blocks = _columns(columns, most, not (exact or heavy))
-    tallest = min(plan.rows, 64 if exact else 128)
-    if not (exact or heavy):
-        tallest = plan.tallest(block_n + block_n2)
-    block_r = _rows(rows, tallest)
+    if exact or heavy:
+        block_r = _rows(rows, min(plan.rows, 64 if exact else 128))
+    else:
+        block_r = _rows(rows, plan.tallest(block_n + block_n2))
     block_v, width = _places(high, stop - start, 16 if exact else plan.block_v)
     across, lines = -(-(stop - start) // width), -(-high // (block_v // width))
     others, visited = samples * -(-rows // block_r) * q_blocks, deep * lines * across
     part = max(1, -(-visited // max(1, min(PROGRAMS // max(others, 1), visited // 4))))
     splits = max(1, -(-visited // part))
-    strides = steps.stride[2] > 1
+    # what a row sees of W, all see: taps are columns, or tile W, or there is one, without padding
+    is_shared = along or is_strided or (t2 == 1 and pad == 0 and wide <= length)
+    # results of a thread, so many that none spill
     held = 16 if exact or heavy else 96 if product.dtype.itemsize == 2 else 32
     return WgradConfig(
-        along, width < block_v or not (along or strides or t2 == 1),
-        block_r, block_n, block_n2, block_v, start, stop, width, across, lines, visited, part,
-        splits, -(-rows // block_r), q_blocks, others * splits,
+        along, width < block_v or not is_shared, block_r, block_n, block_n2, block_v, start, stop,
+        width, across, lines, visited, part, splits, -(-rows // block_r), q_blocks,
+        others * splits,
         _warps(held, block_r * max(block_n + block_n2, block_v)), plan.stages,
     )  # fmt: skip
 
@@ -219,7 +221,8 @@ def wgrad(product: Product, steps: Walk, device: torch.device, heavy: bool) -> W
 @functools.lru_cache(4096)
 def _places(high: int, wide: int, most: int) -> tuple[int, int]:
     """Return how many places a step visits, and of a row at most: the fewest steps, of which each
-    costs as much as 32 places more, and 1.15 times as much where it visits several rows."""
+    costs as much as 32 places more, and 1.15 times as much where it visits several rows: guessed,
+    by the instructions of loops."""
     powers = [1 << power for power in range(most.bit_length())]
     found = [(v, w) for v in powers if v >= 16 for w in powers if w <= v]
 
@@ -237,7 +240,8 @@ def _columns(columns: int, most: int, two: bool) -> tuple[int, int, int]:
 
     A single one has 64 at most: of 128, ptxas for sm_90 makes each wait for the one before.
     """
-    one = -(-columns // (8 * -(-columns // most))) * 8
+    tiles = -(-columns // most)
+    one = -(-columns // (8 * tiles)) * 8  # in whole words
     block = _power(one)
     first, second = block // 2, max(16, _power(one - block // 2))
     if not two or (block <= 64 and first + second >= block):
@@ -247,7 +251,8 @@ def _columns(columns: int, most: int, two: bool) -> tuple[int, int, int]:
 
 @functools.lru_cache(4096)
 def _rows(rows: int, tallest: int) -> int:
-    """Return the height of a tile, which costs what its rows do, and 144 more for its columns."""
+    """Return the height of a tile. It costs what its rows do, and 144 more for its columns: by this
+    guess 288 rows are two tiles of 256, which has the lowest bound on an H100."""
     heights = [1 << power for power in range(4, tallest.bit_length())]
     return min(heights, key=lambda height: (-(-rows // height) * (height + 144), height))
 

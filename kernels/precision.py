@@ -1,4 +1,7 @@
-"""How products of float32 are rounded: in full ("ieee"), or their factors to 10 bits ("tf32").
+"""How products of float32 are rounded: in full ("ieee"), or of factors of 10 bits ("tf32").
+
+Tensor cores cut factors to 10 bits where kernels do not round them, and ours do not: a factor is
+off by less than 2^-10 of itself, a product by less than 2^-9, twice what rounding would leave.
 
 As torch lets cuDNN do it, whichever of its two switches said so: `torch.backends.cudnn.allow_tf32`,
 or, since torch 2.9, `torch.backends.cudnn.conv.fp32_precision`, which is known of both, but after

@@ -13,6 +13,7 @@ import torch
 import cassetta
 from cassetta.backbones import ATrousNet, ConvDecoder, ConvEncoder, MeshNet, UNet
 from cassetta.functional import Deferred, Normalization, Pool, Product, Running, convolved, defer
+from cassetta.functional.steps import Steps
 from cassetta.kernels import dispatch, engines, library
 from cassetta.kernels.types import Activation, Geometry
 from cassetta.layers import ConvBlock, ConvGroup, ModuleSum
@@ -204,6 +205,13 @@ def test_the_gradient_of_a_bias_before_a_norm_takes_no_pass(norm, least, engine,
     masks = [args[-1] for func, args in counted.calls if "convolution_backward" in str(func)]
     assert len(masks) == 2 * (engine == "library")
     assert not any(mask[2] for mask in masks)
+
+
+def test_processes_that_share_a_norm_may_differ_in_their_biases():
+    norm = Normalization(None, None, 1e-5, Pool("batch"))
+    assert Steps().normalized(norm).take_out()
+    shared = norm._replace(pool=Pool("batch", process_group=object()))
+    assert not Steps().normalized(shared).take_out()
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -24,10 +24,11 @@ for machine, channels in {cases}:
 
 
 def test_gradients_of_weights_stay_near_the_limit_of_the_machine():
-    """Within 1.15 of the prototypes of gradients by rows, and 3 to 14 times below gathering."""
-    most = {
-        ("H100", 5): 0.74, ("H100", 16): 1.43, ("H100", 21): 1.76, ("H100", 32): 3.40,
-        ("H100", 64): 1.17, ("H100", 128): 4.39, ("A100", 21): 2.64,
+    """Each is what DESIGN.md says: below those of the prototypes of gradients by rows (0.74, 1.43,
+    1.76, 3.40, 1.17 and 4.39 ms on an H100, 2.64 on an A100)."""
+    stated = {
+        ("H100", 5): 0.59, ("H100", 16): 1.17, ("H100", 21): 1.76, ("H100", 32): 2.93,
+        ("H100", 64): 1.17, ("H100", 128): 4.39, ("A100", 21): 2.42,
     }  # fmt: skip
-    for (case, limit), found in zip(most.items(), bounds(*most), strict=True):
-        assert 0.1 * limit < found <= 1.15 * limit, case
+    for (case, bound), found in zip(stated.items(), bounds(*stated), strict=True):
+        assert found == pytest.approx(bound, rel=0.02), case

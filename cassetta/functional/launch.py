@@ -229,7 +229,7 @@ def _node(
 def _plan(
     product: Product | None, x: Image, second: Image | None, epilogue: Prologue, steps: Steps,
     of: Activation | None, flags: tuple[bool, bool, bool],
-    last: tuple[tuple[torch.dtype, torch.dtype] | None, bool],
+    weights: tuple[tuple[torch.dtype, torch.dtype] | None, bool],
 ) -> tuple[Plan, tuple[float, ...]]:  # fmt: skip
     """Return what a node does, and the numbers that it needs (`block.compute`)."""
     p2, outer2 = (NOTHING, False) if second is None else (second.prologue, second.outer)
@@ -242,7 +242,7 @@ def _plan(
     norm, names = steps.norm, tuple([activation.name for activation in activations])
     pooled = None if norm is None else (norm.pool, norm.fixed is not None)
     plan = Plan(
-        product, (x.outer, outer2), names, steps.word, pooled, of is not None, *flags, *last
+        product, (x.outer, outer2), names, steps.word, pooled, of is not None, *flags, *weights
     )
     return plan, (*numbers, 0.0 if norm is None else float(norm.eps))
 

@@ -98,7 +98,7 @@ class Normalization(NamedTuple):
     running: Running | None = None  # is told the pooled statistics
 
     def updates(self) -> bool:
-        """Tell whether its pass also updates the running statistics."""
+        """Tell whether its pass updates the running statistics, and `Running.move` the rest."""
         running, (kind, _, group) = self.running, self.pool
         return running is not None and kind == "batch" and group is None and running.are_plain()
 

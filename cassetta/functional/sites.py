@@ -39,7 +39,7 @@ _ROWS = 6
 """Of what `norm_finalize` returns."""
 
 _KEPT = 3
-"""Of running statistics, those that are tensors."""
+"""Of running statistics, those that a norm keeps."""
 
 
 class _Place(NamedTuple):

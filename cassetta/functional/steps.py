@@ -61,11 +61,12 @@ class Steps(NamedTuple):
 
     def take_out(self) -> bool:
         """Tell whether they take out what is added to each channel: by a norm of whole channels, to
-        whose values nothing is done before."""
+        whose values nothing is done before; of this process alone, for others may add another."""
         norm = self.norm
         if norm is None or norm.fixed is not None or self.factors[0] is not None:
             return False
-        return self.word[0] == "n" and norm.pool.kind in ("batch", "instance")
+        kind, _, group = norm.pool
+        return self.word[0] == "n" and kind in ("batch", "instance") and group is None
 
     def moments_of(self) -> Activation | None:
         """Name the function of an image whose moments its norm needs; None for none.
