@@ -58,7 +58,7 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print(max(1, min(14, (os.cpu_count()
 LOG ?= test-gpu.log
 GPU_TESTS = tests/test_gpu.py tests/test_graphs.py tests/test_recordings.py tests/test_programs.py \
 	tests/test_chains.py tests/test_ops.py::test_inductor_finds_results_where_it_was_told \
-	tests/test_golden.py tests/test_convolutions.py tests/test_boxes.py \
+	tests/test_golden.py tests/test_convolutions.py tests/test_pairwise.py tests/test_boxes.py \
 	tests/test_passes.py tests/test_pool.py tests/test_resize.py tests/test_joined.py \
 	tests/test_exchanged.py tests/test_fused.py
 # $(call where,STATEMENT,WORDS): the words, if Python can run the statement

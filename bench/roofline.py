@@ -17,7 +17,6 @@ rates of a machine are its data sheet's, those of its L2 cache and of `mma.sync`
 import argparse
 import math
 import re
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -75,26 +74,22 @@ class Work(NamedTuple):
 class Bound(NamedTuple):
     """The bound of a pass of a convolution on a machine."""
 
-    name: str
-    channels: int
-    seconds: dict[str, float]
+    seconds: dict[str, float]  # of each part
     plan: str  # of the launch, in words
 
     @property
     def limit(self) -> str:
-        """What takes longest."""
+        """The part that takes longest."""
         return max(self.seconds, key=self.seconds.__getitem__)
 
 
-def bounds(
-    machine: Machine, name: str, channels: int, side: int, dilation: int = 1
-) -> Iterator[Bound]:
-    """Yield those of the launches of a pass with 3 x 3 x 3 taps in bfloat16, `channels` to as many,
-    an image of `side`^3 voxels padded to its own size."""
-    size, dtype = (side,) * 3, torch.bfloat16
+def bound(machine: Machine, name: str, channels: int) -> Bound:
+    """Return the bound of a pass with 3 x 3 x 3 taps in bfloat16, of `channels` to as many, over an
+    image of 256^3 voxels, or, from 64 channels on, of 128^3, padded to its own size."""
+    size, dtype = (256 if channels < 64 else 128,) * 3, torch.bfloat16
     x = layout.empty((1, channels, *size), dtype, "meta")
     w = torch.empty(channels, channels, 3, 3, 3, dtype=dtype, device="meta")
-    same = Geometry((1,) * 3, ((dilation, dilation),) * 3, (dilation,) * 3)
+    same = Geometry((1,) * 3, ((1, 1),) * 3, (1,) * 3)
     launches: list[tuple[Any, Any]] = []
     with aot.captured(machine.arch, lambda _, config, built: launches.append((config, built))):
         if name == "conv_fprop":
@@ -103,12 +98,11 @@ def bounds(
             conv_dgrad.conv_dgrad(x, w, same, size)
         else:
             conv_wgrad.conv_wgrad(x, x, NOTHING, (3, 3, 3), same)
-    for config, built in launches:
-        if isinstance(config, GemmConfig | WgradConfig):
-            code = instructions(built)
-            wide = bool(re.search(r"wgmma|tcgen05", built.asm["ptx"]))
-            work = (_of_weights if name == "conv_wgrad" else _of_image)(config, code, x, wide)
-            yield Bound(name, channels, work.seconds(machine, wide), _in_words(config, code, built))
+    # (others combine moments)
+    ((config, built),) = [one for one in launches if isinstance(one[0], GemmConfig | WgradConfig)]
+    code, wide = instructions(built), bool(re.search(r"wgmma|tcgen05", built.asm["ptx"]))
+    work = (_of_weights if name == "conv_wgrad" else _of_image)(config, code, x, wide)
+    return Bound(work.seconds(machine, wide), _in_words(config, code, built))
 
 
 class Code(NamedTuple):
@@ -133,6 +127,7 @@ def instructions(built: Any) -> Code:
 
 
 def _of_image(config: Any, code: Code, x: Tensor, wide: bool) -> Work:
+    """Count what a convolution does, or the gradient of its image."""
     rows, columns, depth = config.block_m, config.block_n, config.block_k
     stored, size = layout.padded(x.shape[1]), x.element_size()
     steps = 27 * -(-stored // depth) * config.programs
@@ -148,6 +143,7 @@ def _of_image(config: Any, code: Code, x: Tensor, wide: bool) -> Work:
 
 
 def _of_weights(config: Any, code: Code, x: Tensor, wide: bool) -> Work:
+    """Count what the gradient of the weights does."""
     stored, size, taps = layout.padded(x.shape[1]), x.element_size(), 3 if config.along else 1
     rows, columns, tile = 27 // taps * stored, taps * stored, config.block_n + config.block_n2
     steps, voxels = config.steps * config.r_blocks * config.q_blocks, config.steps * config.block_v
@@ -165,6 +161,7 @@ def _of_weights(config: Any, code: Code, x: Tensor, wide: bool) -> Work:
 
 
 def _in_words(config: Any, code: Code, built: Any) -> str:
+    """Describe a launch."""
     registers = aot.usage(built.asm["cubin"])["REG"]
     if isinstance(config, WgradConfig):
         tile = f"{config.block_r} x ({config.block_n} + {config.block_n2}) x {config.block_v}"
@@ -183,18 +180,16 @@ def main() -> None:
     names = ["conv_fprop", "conv_dgrad", "conv_wgrad"]
     parser.add_argument("--passes", nargs="+", choices=names, default=names)
     asked = parser.parse_args()
-    print(
-        "| machine | pass | channels | bound, ms | by |", *[f" {n} |" for n in Work._fields], sep=""
-    )
-    print("|" + " --- |" * (5 + len(Work._fields)) + " --- |")
+    heads = ["machine", "pass", "channels", "bound, ms", "by", *Work._fields, "launch"]
+    print("|", " | ".join(heads), "|")
+    print("|" + " --- |" * len(heads))
     for machine in asked.machine:
         for name in asked.passes:
             for channels in asked.channels:
-                side = 256 if channels <= 32 else 128
-                for one in bounds(MACHINES[machine], name, channels, side):
-                    parts = [f"{1e3 * part:.2f}" for part in one.seconds.values()]
-                    cells = [machine, name, channels, f"{1e3 * max(one.seconds.values()):.2f}"]
-                    print("|", " | ".join(map(str, [*cells, one.limit, *parts, one.plan])), "|")
+                one = bound(MACHINES[machine], name, channels)
+                parts = [f"{1e3 * part:.2f}" for part in one.seconds.values()]
+                cells = [machine, name, channels, f"{1e3 * one.seconds[one.limit]:.2f}"]
+                print("|", " | ".join(map(str, [*cells, one.limit, *parts, one.plan])), "|")
 
 
 if __name__ == "__main__":

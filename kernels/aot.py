@@ -98,8 +98,8 @@ def captured(arch: int, see: Callable[[Any, Any, Any], None]) -> Iterator[None]:
         see(kernel, config, _compiled(source, config.options, arch))
 
     launch, tile.launch = tile.launch, compile_instead
-    capability = (arch // 10, arch % 10)
-    target, machine.target = machine.target, machine.Gpu("", capability, 0, 0, SHARED[arch])
+    gpu = machine.Gpu("", divmod(arch, 10), 0, 0, SHARED[arch])
+    target, machine.target = machine.target, gpu
     try:
         yield
     finally:

@@ -60,13 +60,13 @@ def _conv_wgrad_kernel(
     channels, results = tile.edge(C, True), tile.edge(K, True)
     tall, wide = 1 if ALONG else T2, T2 if ALONG else 1
     r = r_block * BLOCK_R + tl.arange(0, BLOCK_R)
-    tap, c = tl.max_constancy(r // channels, 8), r % channels
+    tap, c = _in_words(r, channels)
     t0, t1, t2 = tap // tall // T1, tap // tall % T1, tap % tall
     o0, o1, o2 = t0 * d0 - b0, t1 * d1 - b1, t2 * d2 - b2
     wanted = t0 < T0
     q = q_block * (BLOCK_N + BLOCK_N2) + tl.arange(0, BLOCK_N)
     columns = wide * results
-    apart, k = tl.max_constancy(q // results, 8) * d2, q % results
+    column, k = _in_words(q, results)
     x_step, g_step = x_v // 8 * 8, g_v // 8 * 8
     x_ptr += n * (x_n // 8 * 8)
     g_ptr += n * (g_n // 8 * 8)
@@ -77,7 +77,7 @@ def _conv_wgrad_kernel(
     total = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
     if BLOCK_N2:
         q2 = q_block * (BLOCK_N + BLOCK_N2) + BLOCK_N + tl.arange(0, BLOCK_N2)
-        apart2, k2 = tl.max_constancy(q2 // results, 8) * d2, q2 % results
+        column2, k2 = _in_words(q2, results)
         total2 = tl.zeros((BLOCK_R, BLOCK_N2), tl.float32)
     first, end = split * part, tl.minimum((split + 1) * part, steps)
     e, y1, y0 = first % across, first // across % lines, first // across // lines
@@ -102,7 +102,7 @@ def _conv_wgrad_kernel(
         line = tl.where(h0 < Y0, line, 0)  # (what is not copied has an address inside, too)
         g_at = g_ptr + line.to(tl.int64) * Y2 * g_step
         y = y * Y2 if APART else tl.zeros((BLOCK_V,), tl.int32)
-        g = _seen(g_at, y, u, inside, k, apart, q < columns, g_step, Y2, WIDE)
+        g = _seen(g_at, y, u, inside, k, column * d2, q < columns, g_step, Y2, WIDE)
         if LATE:
             total = tl.dot(z, g, total, input_precision=PRECISION)
             f, h1, h0 = _next(f, h1, h0, (step > first).to(tl.int32), across, lines)
@@ -114,7 +114,7 @@ def _conv_wgrad_kernel(
         else:
             total = tl.dot(x, g, total, input_precision=PRECISION)
         if BLOCK_N2:
-            g = _seen(g_at, y, u, inside, k2, apart2, q2 < columns, g_step, Y2, WIDE)
+            g = _seen(g_at, y, u, inside, k2, column2 * d2, q2 < columns, g_step, Y2, WIDE)
             total2 = tl.dot(x, g, total2, input_precision=PRECISION)
         e, y1, y0 = _next(e, y1, y0, 1, across, lines)
     rows = T0 * T1 * tall * channels
@@ -122,6 +122,12 @@ def _conv_wgrad_kernel(
     tl.store(at + q[None, :], total, mask=(r < rows)[:, None] & (q < columns)[None, :])
     if BLOCK_N2:
         tl.store(at + q2[None, :], total2, mask=(r < rows)[:, None] & (q2 < columns)[None, :])
+
+
+@triton.jit
+def _in_words(flat, channels):
+    """Take an axis of taps x channels apart; the compiler is told that words are of one tap."""
+    return tl.max_constancy(flat // channels, 8), flat % channels
 
 
 @triton.jit
@@ -160,17 +166,14 @@ def _met(
         at = tl.where(ok, ((a * X1)[:, None] + i1) * X2 + i2, 0)
         if WIDE:
             at = at.to(tl.int64)
-        word = tl.where(wanted, c // 8 * 8, 0) + c % 8
-        at = at * step + tl.max_contiguous(tl.multiple_of(word, 8), 8)[:, None]
+        at = at * step + tile.whole(0, c, wanted)[:, None]
     else:
         b = y1 * s1 + o1
         wanted = wanted & (b >= 0) & (b < X1)
         line, place = (a * X1 + b) * X2 + o2 + b2, tl.where(inside, u * s2 - b2, 0)
         if WIDE:
             line, place = line.to(tl.int64), place.to(tl.int64)
-        line = tl.where(wanted, line * step + c // 8 * 8, 0) + c % 8
-        line = tl.max_contiguous(tl.multiple_of(line, 8), 8)
-        at = line[:, None] + (place * step)[None, :]
+        at = tile.whole(line * step, c, wanted)[:, None] + (place * step)[None, :]
         ok = inside[None, :] & wanted[:, None]
     return at, ok
 
@@ -182,9 +185,9 @@ def _table(ptr, n, c, C, DEFAULT: tl.constexpr):
 
 
 @triton.jit
-def _seen(at, line, u, inside, k, apart, known, step, Y2, WIDE: tl.constexpr):
-    """Load what columns see of g from places u of rows, each so far apart: (BLOCK_V, columns)."""
-    place = u[:, None] - apart[None, :]
+def _seen(at, line, u, inside, k, far, known, step, Y2, WIDE: tl.constexpr):
+    """Load g as columns see it from places u of rows, each so far before: (BLOCK_V, columns)."""
+    place = u[:, None] - far[None, :]
     ok = inside[:, None] & (place >= 0) & (place < Y2) & known[None, :]
     place = tl.where(ok, line[:, None] + place, 0)
     if WIDE:

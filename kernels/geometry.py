@@ -31,6 +31,5 @@ def walk(inp: Sequence[int], taps: Sequence[int], geometry: Geometry) -> Walk:
 
 def lifted(sizes: Sequence[int], one: int) -> Three:
     """Return three numbers, from those of 1 to 3 axes."""
-    *rest, last = sizes
-    b, a = (*reversed(rest), one, one)[:2]
-    return a, b, last
+    a, b, c = (*[one] * (3 - len(sizes)), *sizes)
+    return a, b, c

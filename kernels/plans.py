@@ -205,8 +205,10 @@ def offered(
     """List the plans that fit into so many bytes of shared memory, and whose registers do not
     spill: where products read registers, as of 8.x and 12.x, a program has 96 columns at most."""
     narrow = capability[0] in (8, 12)
-    fit = [plan for plan in plans if plan.shared(itemsize) <= shared]
-    return tuple(plan for plan in fit if not (narrow and plan.is_wide))
+    return tuple(
+        plan for plan in plans
+        if plan.shared(itemsize) <= shared and not (narrow and plan.is_wide)
+    )  # fmt: skip
 
 
 @contextmanager

@@ -18,6 +18,12 @@ tile = pytest.importorskip("cassetta.kernels.tile")  # where there is no triton
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if RUNNER != "interpreter" else [])
 
+PRECISIONS = {
+    "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
+    "tf32": torch.float32,
+}  # fmt: skip
+"""In which kernels multiply, and the dtypes of what they read."""
+
 SLACK = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """On the scale of the largest value: 32 eps for sums in float32 in another order, 2 eps where the
 result is rounded to half (and 2 more where a sum is of rounded values)."""

@@ -240,28 +240,33 @@ def test_a_bias_that_a_norm_takes_out_is_not_added(
     every = [one.requires_grad_() for one in (x, w, b, gamma, beta)]
     factor = torch.tensor([0.0, 2.0, 2.0, 0.0], dtype=torch.float64).expand(3, 4)
     geometry = Geometry((2,), ((0, 0),), (1,))
-    running = Running(*torch.zeros(2, 4, dtype=torch.float64), torch.tensor(3), momentum,
-                      pool.kind == "instance")  # fmt: skip
-    convolve = torch.nn.functional.conv_transpose1d if transposed else torch.nn.functional.conv1d
+    tables = torch.zeros(2, 4, dtype=torch.float64)
+    running = Running(*tables, torch.tensor(3), momentum, pool.kind == "instance")
+    norm = Normalization(gamma, beta, 1e-5, pool, None, None if pool.groups > 1 else running)
+    steps = {
+        "n": lambda one: one.normalized(norm),
+        "d": lambda one: one.scaled(factor),
+        "a": lambda one: one.activated(Activation("silu")),
+    }
     with dispatch.fused_on_reference():
         ours = convolved(defer(x), Product("library", geometry, transposed), w, b)
-        norm = Normalization(gamma, beta, 1e-5, pool, None, None if pool.groups > 1 else running)
         for letter in order:
-            ours = {"n": lambda one: one.normalized(norm), "d": lambda one: one.scaled(factor),
-                    "a": lambda one: one.activated(Activation("silu"))}[letter](ours)  # fmt: skip
+            ours = steps[letter](ours)
         ours = ours.z()
         assert [one is None for one in given] == [is_taken]
-    z = convolve(x, w, b, stride=2)
+    f = torch.nn.functional
+    z = (f.conv_transpose1d if transposed else f.conv1d)(x, w, b, stride=2)
     for letter in order:
-        if letter == "n":
+        if letter == "d":
+            z = z * factor[:, :, None]
+        elif letter == "a":
+            z = f.silu(z)
+        else:
             own = z.detach()
             if pool.kind == "batch":
-                z = torch.nn.functional.batch_norm(z, None, None, gamma, beta, True)
+                z = f.batch_norm(z, None, None, gamma, beta, True)
             else:
-                z = torch.nn.functional.group_norm(z, pool.groups if pool.groups > 1 else 4, gamma,
-                                                   beta)  # fmt: skip
-        else:
-            z = z * factor[:, :, None] if letter == "d" else torch.nn.functional.silu(z)
+                z = f.group_norm(z, 2 if pool.kind == "group" else 4, gamma, beta)
     assert_near(ours.detach(), z.detach())
     if pool.groups == 1:
         assert_near(running.mean, own.mean((0, 2)) * (0.25 if momentum is None else momentum))

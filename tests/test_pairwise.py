@@ -1,53 +1,47 @@
 """Convolutions of every number of channels, dilation, precision and number of axes, in pairs.
 
-Compiled for sm_80 or sm_90, in the simulator (`pytest --simulate 80`): forward, with moments, and
-both gradients, against float64. Sizes are odd, so that no tile divides them.
+Compiled, on a GPU or in the simulator (`pytest --simulate 80`): forward, with moments, and both
+gradients, against float64. Sizes are odd, so that no tile divides them.
 """
 
 import itertools
 
 import pytest
 import torch
-from test_convolutions import SLACK, double
-from test_simulated import PRECISIONS
+from conftest import RUNNER
+from test_convolutions import PRECISIONS, SLACK, double
 
 from cassetta.kernels import dispatch, layout, precision, reference
 from cassetta.kernels.types import NOTHING, Activation, Geometry
-
-pytestmark = pytest.mark.simulated
 
 CHANNELS = (1, 5, 8, 16, 21, 24, 30, 32, 64, 100, 128)
 SIZES = ((71,), (5, 35), (3, 5, 19))
 DILATIONS = (1, 2, 5, 16)
 
 
-def pairs(*axes):
+AXES = CHANNELS, tuple(PRECISIONS), DILATIONS, SIZES
+
+
+def pairs():
     """Combinations of one value of each axis, in which every two values of two axes meet."""
-    missing = {
-        (a, b, x, y)
-        for a, b in itertools.combinations(range(len(axes)), 2)
-        for x in axes[a]
-        for y in axes[b]
-    }
-    met = lambda one: {  # noqa: E731
-        (a, b, one[a], one[b]) for a, b in itertools.combinations(range(len(axes)), 2)
-    }
+    every = {one: {*itertools.combinations(enumerate(one), 2)} for one in itertools.product(*AXES)}
+    missing = set().union(*every.values())
     while missing:
-        best = max(itertools.product(*axes), key=lambda one: len(met(one) & missing))
-        missing -= met(best)
+        best = max(every, key=lambda one: len(every[one] & missing))
+        missing -= every[best]
         yield best
 
 
-COMBINATIONS = [*pairs(CHANNELS, [*PRECISIONS], DILATIONS, SIZES)]
+COMBINATIONS = [*pairs()]
 
 
 def test_pairs_are_all_there():
     for a, b in itertools.combinations(range(4), 2):
-        axes = CHANNELS, [*PRECISIONS], DILATIONS, SIZES
-        assert {(one[a], one[b]) for one in COMBINATIONS} == {*itertools.product(axes[a], axes[b])}
+        assert {(one[a], one[b]) for one in COMBINATIONS} == {*itertools.product(AXES[a], AXES[b])}
     assert len(COMBINATIONS) < 60
 
 
+@pytest.mark.skipif(RUNNER == "interpreter", reason="of what is compiled")
 @pytest.mark.parametrize(
     ("channels", "how", "dilation", "size"), COMBINATIONS, ids=lambda value: str(value)
 )

@@ -11,14 +11,13 @@ BENCH = Path(__file__).parents[1] / "bench"
 
 
 def bounds(*cases):
-    """Bounds of gradients of weights in ms, of machines and channels; nothing is interpreted."""
+    """Bounds of gradients of weights in ms, of machines and channels, from compiled kernels."""
     out = run(f"""import sys
 sys.path.insert(0, {str(BENCH)!r})
 import roofline
 for machine, channels in {cases}:
-    side = 256 if channels <= 32 else 128
-    for one in roofline.bounds(roofline.MACHINES[machine], "conv_wgrad", channels, side):
-        print(1e3 * max(one.seconds.values()))
+    one = roofline.bound(roofline.MACHINES[machine], "conv_wgrad", channels)
+    print(1e3 * max(one.seconds.values()))
 """)
     return [float(line) for line in out.splitlines()]
 
@@ -31,4 +30,4 @@ def test_gradients_of_weights_stay_near_the_limit_of_the_machine():
         ("H100", 64): 1.17, ("H100", 128): 4.39, ("A100", 21): 2.42,
     }  # fmt: skip
     for (case, bound), found in zip(stated.items(), bounds(*stated), strict=True):
-        assert found == pytest.approx(bound, rel=0.02), case
+        assert abs(found - bound) <= 0.02 * bound, case

@@ -35,7 +35,6 @@ from cassetta.kernels.types import NOTHING, Activation, Geometry, Moments, Pooli
 
 pytestmark = pytest.mark.simulated
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
-PRECISIONS = {"float32": F32, "float16": F16, "bfloat16": BF16, "tf32": F32}
 LAYOUTS = ["first", "last", "words"]
 
 
@@ -140,7 +139,9 @@ def test_convolutions_and_their_gradients(name, how, kind, pending, activation, 
 
 
 def assert_right(name, how, device, kind="first", pending=False, activation="relu"):
-    q = test_convolutions.problem(name, PRECISIONS[how], device, pending, activation)
+    q = test_convolutions.problem(
+        name, test_convolutions.PRECISIONS[how], device, pending, activation
+    )
     for key in ("x", "x2", "g", "r", "coarse"):
         q[key] = laid_out(q[key], kind)
     if how == "tf32":
@@ -184,7 +185,7 @@ def _plan(dtype, boxed):
 @pytest.mark.parametrize(("name", "how", "pending", "activation"), BOXED, ids=str)
 def test_convolutions_of_boxes(name, how, pending, activation, kernels, hopper):
     """TMA: what a copy brings, and where it is awaited."""
-    with plans.use_plan(_plan(PRECISIONS[how], True)):
+    with plans.use_plan(_plan(test_convolutions.PRECISIONS[how], True)):
         assert_right(name, how, kernels, "words", pending, activation)
 
 
@@ -194,7 +195,9 @@ def test_gradients_of_weights_do_not_race(how, kernels, hopper):
 
     Many steps, so that the pipeline goes round: found as a write to what a product may still read.
     """
-    x, g = (torch.randn(1, 24, 300).to(kernels, PRECISIONS[how]) for _ in range(2))
+    x, g = (
+        torch.randn(1, 24, 300).to(kernels, test_convolutions.PRECISIONS[how]) for _ in range(2)
+    )
     unit = Geometry((1,), ((1, 1),), (1,))
     with precision.use("tf32"):
         dw = dispatch.passes(x).conv_wgrad(g, x, NOTHING, (3,), unit)

@@ -201,13 +201,14 @@ def _ended(
 ) -> tuple[Any, ...]:  # fmt: skip
     """Compute what the norm amounts to; or else return the moments."""
     n = len(Tables._fields)
-    if plan.is_lost and running is not None:
-        running = running.shifted(b.to(y.dtype))
     steps = plan.steps(gamma, beta, weight, tables[n : n + 3], numbers, running)
     if steps.are_known():
         return mean, var, None
     own = None if mean is None else Moments(mean, var)
-    return normalized(y, steps, Tables(*tables[:n]), own, every)
+    found = normalized(y, steps, Tables(*tables[:n]), own, every)
+    if plan.is_lost and running is not None:
+        running.move(b.to(y.dtype))
+    return found
 
 
 def saved(

@@ -55,7 +55,8 @@ class Launch(NamedTuple):
 
     def plus(self, residual: Tensor | None, steps: Steps) -> Launch:
         """Return it with steps that leave with the product, and a residual that is added then."""
-        return self._with(prepared(self.like, steps).prologue(steps.activation), residual)
+        epilogue = prepared(self.like, steps).prologue(steps.activation)
+        return self._with(epilogue, residual, self.bias)
 
     def run(self, steps: Steps, sums: bool) -> Image:
         """Compute it, and what the steps that follow amount to; `sums`: as `Deferred.read`."""
@@ -71,7 +72,7 @@ class Launch(NamedTuple):
         if is_one and (by_result or steps.are_none()) and launch._is_plain(steps):
             return launch._plain(steps)
         if leaves:
-            launch = launch._with(Prologue(activation=steps.activation), None)
+            launch = launch._with(Prologue(activation=steps.activation), None, launch.bias)
         bias, flags = launch.bias, (by_result, leaves, sums)
         # to torch's convolutions, a bias is a pass
         is_lost = bias is not None and ENGINES[self.product.engine].IS_TORCH and steps.take_out()
@@ -79,7 +80,8 @@ class Launch(NamedTuple):
             return _node(launch, launch.first, steps, None, of, flags, None, is_lost)[0]
         if bias is not None and steps.word[:1] == "n" and not steps.are_known():
             # its gradient follows from what the norm asks for
-            launch = launch._biased(None if is_lost else bias.detach())
+            added = None if is_lost else bias.detach()
+            launch = launch._with(launch.epilogue, launch.residual, added)
         else:
             bias = None
         y, own = _node(launch, launch.first, Steps(), None, of, (False, False, False))
@@ -127,16 +129,8 @@ class Launch(NamedTuple):
     def _fuses(self) -> bool:
         return ENGINES[self.product.engine].FUSES
 
-    def _with(self, epilogue: Prologue, residual: Tensor | None) -> Launch:
-        product, first, second, weight, bias, like, differentiable, by_result, owner, _, _ = self
-        kind = like, differentiable, by_result, owner
-        return Launch(product, first, second, weight, bias, *kind, epilogue, residual)
-
-    def _biased(self, bias: Tensor | None) -> Launch:
-        (
-            product, first, second, weight, _, like, differentiable, by_result, owner, epilogue,
-            residual,
-        ) = self  # fmt: skip
+    def _with(self, epilogue: Prologue, residual: Tensor | None, bias: Tensor | None) -> Launch:
+        product, first, second, weight, _, like, differentiable, by_result, owner, _, _ = self
         kind = like, differentiable, by_result, owner
         return Launch(product, first, second, weight, bias, *kind, epilogue, residual)
 
@@ -216,9 +210,10 @@ def _node(
     else:
         tables = completed(tables, steps.word, found)
         if running is None and norm.running is not None:
-            running = norm.running.shifted(b.to(z.dtype)) if is_lost else norm.running  # type: ignore
             with torch.no_grad():
-                running.update(found)
+                norm.running.update(found)
+                if b is not None and is_lost:
+                    norm.running.move(b.to(z.dtype))
     if by_result:
         return Image(z, _rest(steps)), None
     outer = steps.word == "an"

@@ -50,7 +50,6 @@ class Running(NamedTuple):
     batches: Tensor | None  # how many there have been
     momentum: float | None  # None: all batches weigh the same
     averaged: bool  # over samples, which have statistics of their own
-    shift: Tensor | None = None  # (C,) that the values lack, and their mean with them
 
     def are_plain(self) -> bool:
         """Tell whether `norm_finalize_running` updates such."""
@@ -60,31 +59,32 @@ class Running(NamedTuple):
 
     def update(self, found: Sequence[Tensor | None]) -> None:
         """Take in what `standardize` found; all is computed before anything is changed."""
-        mean, var, batches, momentum, averaged, shift = self
+        mean, var, batches, _, averaged = self
         tables, new_mean, new_var = found
         if new_mean is None:
             assert tables is not None
             new_mean, new_var = tables[0], tables[1]
         newest: Any = (new_mean, mean), (new_var, var)
         new = [(one.mean(0) if averaged else one[0]).to(kept.dtype) for one, kept in newest]
-        new[0] = new[0] if shift is None else new[0] + shift.to(mean.dtype)
         if batches is not None:
             batches.add_(1)
-        weight: Any = 0.0 if momentum is None else momentum
-        if batches is not None and momentum is None:
-            weight = 1.0 / batches.to(mean.dtype)
+        weight = self._weight()
         mean.lerp_(new[0], weight)
         var.lerp_(new[1], weight)
 
-    def shifted(self, shift: Tensor) -> "Running":
-        """Return those of values that lack a shift (C,)."""
-        mean, var, batches, momentum, averaged, _ = self
-        return Running(mean, var, batches, momentum, averaged, shift.detach())
+    def move(self, shift: Tensor) -> None:
+        """Add to the mean its share of a shift (C,) that the values of the newest batch lacked."""
+        weight = self._weight()
+        if isinstance(weight, Tensor):
+            self.mean.addcmul_(shift.to(self.mean.dtype), weight)
+        else:
+            self.mean.add_(shift, alpha=weight)
 
-    def move(self) -> None:
-        """Add to the mean what the update by a pass lacks."""
-        if self.shift is not None:
-            self.mean.add_(self.shift, alpha=self.momentum)  # type: ignore[arg-type]
+    def _weight(self) -> Any:
+        """Return that of the newest batch, which is counted already."""
+        if self.momentum is not None:
+            return self.momentum
+        return 0.0 if self.batches is None else 1.0 / self.batches.to(self.mean.dtype)
 
 
 class Normalization(NamedTuple):
@@ -98,7 +98,7 @@ class Normalization(NamedTuple):
     running: Running | None = None  # is told the pooled statistics
 
     def updates(self) -> bool:
-        """Tell whether its pass updates the running statistics, and `Running.move` the rest."""
+        """Tell whether its pass also updates the running statistics."""
         running, (kind, _, group) = self.running, self.pool
         return running is not None and kind == "batch" and group is None and running.are_plain()
 
@@ -118,7 +118,6 @@ def standardize(
     if own is None and norm.fixed is None:
         if norm.updates():
             tables = ops.norm_statistics_running(x, p, *given, *norm.running[:4])  # type: ignore
-            norm.running.move()  # type: ignore[union-attr]
         else:
             tables = ops.norm_statistics(x, p, *given, pooling)
         return tables, None, None
@@ -133,9 +132,7 @@ def standardize(
         found, pooling = Moments(mean.expand(n, -1), var.expand(n, -1)), FIXED
     if norm.updates():
         kept: Any = norm.running[:4]  # type: ignore[index]
-        tables = ops.norm_finalize_running(found, *given, voxels, *kept)
-        norm.running.move()  # type: ignore[union-attr]
-        return tables, None, None
+        return ops.norm_finalize_running(found, *given, voxels, *kept), None, None
     tables = ops.norm_finalize(found, *given, voxels, pooling)
     if of_all[0] is not None:  # what is summed is centred at the mean of what is here
         tables = torch.cat([tables[:5], own.mean[None]])

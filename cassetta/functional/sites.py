@@ -39,7 +39,7 @@ _ROWS = 6
 """Of what `norm_finalize` returns."""
 
 _KEPT = 3
-"""Of running statistics, those that a norm keeps."""
+"""Of running statistics, those that are tensors."""
 
 
 class _Place(NamedTuple):
