@@ -25,9 +25,9 @@ test-versions: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(VERSION_TESTS) -k 'not through_the_kernels'
 
 # Compiled kernels, whose PTX is simulated on the CPU (tests/ptxsim); `make -j2` runs both targets at
-# once, `make simulate-90` one of them. CI runs the first three of these.
-SIMULATED = tests/ptxsim tests/test_simulated.py tests/test_pairwise.py tests/test_boxes.py \
-	tests/test_convolutions.py tests/test_passes.py tests/test_pool.py tests/test_resize.py \
+# once, `make simulate-90` one of them. CI runs the first four of these.
+SIMULATED = tests/ptxsim tests/test_simulated.py tests/test_pairwise.py tests/test_march.py \
+	tests/test_boxes.py tests/test_convolutions.py tests/test_passes.py tests/test_pool.py tests/test_resize.py \
 	tests/test_joined.py tests/test_exchanged.py tests/test_fused.py
 
 test-simulated: simulate-80 simulate-90
@@ -58,8 +58,8 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print(max(1, min(14, (os.cpu_count()
 LOG ?= test-gpu.log
 GPU_TESTS = tests/test_gpu.py tests/test_graphs.py tests/test_recordings.py tests/test_programs.py \
 	tests/test_chains.py tests/test_ops.py::test_inductor_finds_results_where_it_was_told \
-	tests/test_golden.py tests/test_convolutions.py tests/test_pairwise.py tests/test_boxes.py \
-	tests/test_passes.py tests/test_pool.py tests/test_resize.py tests/test_joined.py \
+	tests/test_golden.py tests/test_convolutions.py tests/test_pairwise.py tests/test_march.py \
+	tests/test_boxes.py tests/test_passes.py tests/test_pool.py tests/test_resize.py tests/test_joined.py \
 	tests/test_exchanged.py tests/test_fused.py
 # $(call where,STATEMENT,WORDS): the words, if Python can run the statement
 where = $(shell PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -c '$(1)' 2>/dev/null && echo '$(2)')

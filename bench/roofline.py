@@ -24,6 +24,7 @@ from torch import Tensor
 
 from cassetta.kernels import aot, conv_dgrad, conv_fprop, conv_wgrad, layout
 from cassetta.kernels.configs import GemmConfig, WgradConfig
+from cassetta.kernels.lines import MarchConfig
 from cassetta.kernels.types import NOTHING, Activation, Geometry
 
 
@@ -99,9 +100,11 @@ def bound(machine: Machine, name: str, channels: int) -> Bound:
         else:
             conv_wgrad.conv_wgrad(x, x, NOTHING, (3, 3, 3), same)
     # (others combine moments)
-    ((config, built),) = [one for one in launches if isinstance(one[0], GemmConfig | WgradConfig)]
+    kinds = GemmConfig | MarchConfig | WgradConfig
+    ((config, built),) = [one for one in launches if isinstance(one[0], kinds)]
     code, wide = instructions(built), bool(re.search(r"wgmma|tcgen05", built.asm["ptx"]))
-    work = (_of_weights if name == "conv_wgrad" else _of_image)(config, code, x, wide)
+    count = {GemmConfig: _of_image, MarchConfig: _of_march, WgradConfig: _of_weights}[type(config)]
+    work = count(config, code, x, wide)
     return Bound(work.seconds(machine, wide), _in_words(config, code, built))
 
 
@@ -142,6 +145,29 @@ def _of_image(config: Any, code: Code, x: Tensor, wide: bool) -> Work:
     )
 
 
+def _of_march(config: Any, code: Code, x: Tensor, wide: bool) -> Work:
+    """Count what a march along D does, of a convolution that keeps the size of x; its loop takes
+    three planes a turn, and each program reads two planes and finishes one late."""
+    rows, stored, size = config.block_m, layout.padded(x.shape[1]), x.element_size()
+    depth, columns = -(-3 * stored // 16) * 16, 3 * stored
+    lengths = [min(config.part, x.shape[2] - n * config.part) for n in range(config.parts)]
+    turns = sum(-(-(length + 3) // 3) for length in lengths) * config.tiles * x.shape[0]
+    planes = 3 * turns
+    # (a middle tap that is whole in an accumulator stays there)
+    ring = rows * (columns if stored == 24 else 2 * stored) * 4
+    left, right = rows * depth * size, 3 * depth * columns * size
+    groups = config.warps // 4  # of warps, that share columns; each reads the left operand
+    again = rows // 64  # that read the right operand
+    results = rows * stored * size
+    return Work(
+        (turns * code.loop + config.programs * code.rest) * config.warps,
+        2 * planes * rows * 3 * columns * depth,
+        planes * (2 * ring + left * (1 + groups) + right * again + 3 * results),
+        planes * (rows * columns * size + results),
+        2 * math.prod(x.shape[2:]) * stored * size,
+    )
+
+
 def _of_weights(config: Any, code: Code, x: Tensor, wide: bool) -> Work:
     """Count what the gradient of the weights does."""
     stored, size, taps = layout.padded(x.shape[1]), x.element_size(), 3 if config.along else 1
@@ -165,6 +191,8 @@ def _in_words(config: Any, code: Code, built: Any) -> str:
     registers = aot.usage(built.asm["cubin"])["REG"]
     if isinstance(config, WgradConfig):
         tile = f"{config.block_r} x ({config.block_n} + {config.block_n2}) x {config.block_v}"
+    elif isinstance(config, MarchConfig):
+        tile = f"a march, lines of {config.places} of {config.block_m} places, {config.part} planes"
     else:
         tile = f"{config.block_m} x {config.block_n} x {config.block_k}"
     return (

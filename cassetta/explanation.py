@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cassetta.kernels import machine
+from cassetta.kernels import machine, plans
 from cassetta.layers import fusing, repeated
 
 
@@ -28,11 +28,14 @@ class Explanation(Sequence[Engine]):
     """A row per block, in the order of execution; prints as a table.
 
     Where kernels run, `programs` says of each module whose forward may be repeated as a program, by
-    its name, why it is not: "" if it is, and then nothing of those within.
+    its name, why it is not: "" if it is, and then nothing of those within. `plans` says, of each
+    plan of our own convolutions that is not offered here, why not.
     """
 
-    def __init__(self, rows: list[Engine], programs: dict[str, str]) -> None:
-        self.rows, self.programs = rows, programs
+    def __init__(
+        self, rows: list[Engine], programs: dict[str, str], plans: dict[str, str] | None = None
+    ) -> None:
+        self.rows, self.programs, self.plans = rows, programs, plans or {}
 
     def __getitem__(self, index: Any) -> Any:
         return self.rows[index]
@@ -57,6 +60,7 @@ class Explanation(Sequence[Engine]):
         for name, why in self.programs.items():
             if why:
                 lines.append(f"runs anew each time: {name} ({why})")
+        lines += [f"not offered: {plan} ({why})" for plan, why in self.plans.items()]
         return "\n".join(lines)
 
 
@@ -80,17 +84,23 @@ def explain(model: nn.Module, *inputs: Tensor) -> Explanation:
     -------
     explanation : Explanation
         Rows with `.name`, `.kind`, `.engine` (see `Engine`), `.reason` and `.evidence`; and
-        `.programs`.
+        `.programs` and `.plans`.
     """
     programs: dict[str, str] = {}
     if inputs and inputs[0].device.type == machine.kernels_on():
         programs |= _programs(model, "", inputs[0])
     names = {module: name or type(module).__name__ for name, module in model.named_modules()}
     seen: dict[nn.Module, Engine] = {}
-    for block, choice, *_ in watch(model, *inputs):
+    with plans.listening() as asked:
+        ran = watch(model, *inputs)
+    for block, choice, *_ in ran:
         name = names.get(block, type(block).__name__)
         seen.setdefault(block, Engine(name, type(block).__name__, *choice[:3]))
-    return Explanation(list(seen.values()), programs)
+    return Explanation(
+        list(seen.values()),
+        programs,
+        plans.declined(asked.values(), inputs[0].device) if asked else {},
+    )
 
 
 def _programs(module: nn.Module, name: str, image: Tensor) -> Iterator[tuple[str, str]]:

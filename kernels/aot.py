@@ -5,6 +5,7 @@ so what is compiled is, argument for argument, what a real call would run.
 """
 
 import functools
+import importlib
 import re
 import shutil
 import subprocess
@@ -34,7 +35,7 @@ from cassetta.kernels import (
     tile,
 )
 from cassetta.kernels.examples import Sample, transform
-from cassetta.kernels.types import Activation, Geometry
+from cassetta.kernels.types import NOTHING, Activation, Geometry
 
 SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 """Bytes of shared memory that one program may use, by compute capability."""
@@ -82,7 +83,7 @@ def recorded(arch: int, case: str, reports: list[Report]) -> Iterator[None]:
     """Compile for `arch` (80, 90, ...) what is launched in this block, instead of running it."""
 
     def report(kernel: Any, config: Any, built: Any) -> None:
-        reports.append(Report(kernel.fn.__name__.strip("_"), case, arch, *_found(built)))
+        reports.append(report_of(kernel.fn.__name__.strip("_"), case, arch, built))
 
     with captured(arch, report):
         yield
@@ -94,8 +95,8 @@ def captured(arch: int, see: Callable[[Any, Any, Any], None]) -> Iterator[None]:
     configuration of its launch, and what Triton made of it."""
 
     def compile_instead(kernel: Any, x: Tensor, config: Any, *args: Any, **constants: Any) -> None:
-        source = _signature(kernel, args, constants | config.blocks)
-        see(kernel, config, _compiled(source, config.options, arch))
+        built = compiled(kernel, args, constants | config.blocks, config.options, arch)
+        see(kernel, config, built)
 
     launch, tile.launch = tile.launch, compile_instead
     gpu = machine.Gpu("", divmod(arch, 10), 0, 0, SHARED[arch])
@@ -135,6 +136,7 @@ def check(arch: int, part: bool = False) -> Iterator[Report]:
     for n, dtype in enumerate(configs.dtypes()):
         if dtype in dtypes:
             yield from _check_convolutions(arch, dtype, n)
+            yield from _check_marches(arch, dtype)
 
 
 def _check_convolutions(arch: int, dtype: torch.dtype, n: int) -> Iterator[Report]:
@@ -164,6 +166,28 @@ def _check_convolutions(arch: int, dtype: torch.dtype, n: int) -> Iterator[Repor
         yield from reports
 
 
+def _check_marches(arch: int, dtype: torch.dtype) -> Iterator[Report]:
+    """Convolutions that march along D, where they do: with moments, with an epilogue, and the
+    gradient of the image."""
+    fprop, dgrad = (ops.PASSES[name].launched() for name in ("conv_fprop", "conv_dgrad"))
+    for n, (channels, more) in enumerate(_MARCHED):
+        one = _words(dtype, channels, _HEAVIEST[n % 2], full=True, wide=n % 3 == 2)
+        (geometry, taps, size), w = one.kept(3), one.weights(more, channels, 3, 3, 3)
+        product = plans.Product("conv_fprop", one.shape, more, taps, geometry, dtype)
+        if not product.marches or plans.why_no_march(product, divmod(arch, 10)):
+            continue
+        reports: list[Report] = []
+        case = f"{str(dtype).removeprefix('torch.')} {channels} to {more} channels"
+        plan = plans.MarchPlan()
+        with recorded(arch, f"{case}, {plan}", reports), plans.use_plan(plan):
+            given = one.x, NOTHING, w, one.weights(more), geometry, None
+            fprop(*given, NOTHING, None, Activation("relu"))
+            fprop(*given, one.pending(more), None, None)
+            dgrad(one.of(more), w, geometry, size)
+        yield from reports
+
+
+_MARCHED = ((5, 5), (13, 21), (21, 21), (24, 24), (32, 32), (30, 8))
 _CHANNELS = (5, 21, 32, 64, 128)
 _HEAVIEST = ("prelu", "gelu_tanh")  # of registers, beside a residual
 _SAME = Geometry((1,), ((0, 0),), (1,))
@@ -241,12 +265,25 @@ def _signature(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) ->
                 attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             types[name] = "fp32"
-    return ASTSource(fn=kernel, signature=types, constexprs=fixed, attrs=attributes)
+    source = ASTSource
+    if getattr(kernel, "is_gluon", bool)():  # (`bool()` is False: a triton without Gluon)
+        source = importlib.import_module("triton.experimental.gluon._runtime").GluonASTSource
+    return source(fn=kernel, signature=types, constexprs=fixed, attrs=attributes)
 
 
-def _compiled(source: Any, options: dict[str, int], arch: int) -> Any:
+def compiled(
+    kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], options: dict[str, int],
+    arch: int,
+) -> Any:  # fmt: skip
+    """Compile a kernel for `arch`, as a launch with these arguments would."""
     target = GPUTarget("cuda", arch, 32)
+    source = _signature(kernel, args, constants)
     return triton.compile(source, target=target, options={**options, **tile.OPTIONS})
+
+
+def report_of(name: str, case: str, arch: int, built: Any) -> Report:
+    """Read what a kernel became."""
+    return Report(name, case, arch, *_found(built))
 
 
 def _found(built: Any) -> tuple[int, int, int, str, str]:

@@ -17,13 +17,17 @@ Nothing of this is assumed. The loop of the TTGIR, Triton's last text before it 
 is walked through until its pipeline is full, and what is taken is counted. Indices are not
 computed: steps use the buffers of a ring in turn.
 
+What no loop writes, as weights that stay, is not overwritten, however often it is read.
+
 On sm_90 the first operand may also come from registers. Those have no ring: whether they are set
 anew too early is for ptxas to see, and before CUDA 13.3 it does not always (triton#9433, #11781).
-So no asynchronous product may have an operand there.
+So an asynchronous product may have an operand there only if it is awaited in the same turn of the
+loop, by a wait that hands the operand on: then its registers are not free before.
 """
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 _TURNS = 16
@@ -75,8 +79,11 @@ def shortages(ttgir: str) -> list[Shortage]:
 def walked(ttgir: str) -> "_Walk":
     """Follow a kernel's TTGIR from its first line to its last."""
     lines = [line.partition(" loc(")[0].strip() for line in ttgir.splitlines()]
-    walk = _Walk()
-    walk.through([line for line in lines if not line.startswith("#")])
+    lines = [line for line in lines if not line.startswith("#")]
+    first = _Walk(None)
+    first.through(lines)
+    walk = _Walk(first.renewed)
+    walk.through(lines)
     return walk
 
 
@@ -84,10 +91,13 @@ class _Walk:
     """A count of the buffers in use of each allocation, as the lines of a kernel are followed.
 
     A place is a buffer as it was addressed once: the allocation, the value that addresses it, and
-    the turn of the loop in which it did.
+    the turn of the loop in which it did. `renewed` are allocations that a loop writes, by a walk
+    before; without it, what is finished is not counted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, renewed: set[str] | None) -> None:
+        self.renewed: set[str] = set() if renewed is None else renewed
+        self._is_first = renewed is None
         self.places: dict[str, tuple[str, str, int]] = {}  # of values that are memory
         self.buffers: dict[str, int] = {}  # of allocations that are rings
         self.operands: set[str] = set()
@@ -95,8 +105,10 @@ class _Walk:
         self.needed: Counter[str] = Counter()
         self._written: Counter[str] = Counter()
         self._finished: Counter[str] = Counter()
-        self._running: list[tuple[set[tuple[str, str, int]], str]] = []  # places, barrier
+        # places, the barrier, and an operand in registers, or ""
+        self._running: list[tuple[set[tuple[str, str, int]], str, str]] = []
         self._turn = 0
+        self._depth = 0
 
     def through(self, lines: list[str]) -> None:
         """Follow these lines; of a condition, both branches, the first one first."""
@@ -115,6 +127,7 @@ class _Walk:
         carried = _VALUE.findall(rest.partition(") -> ")[0])
         names, given = carried[::2], carried[1::2]
         outside = self.places
+        self._depth += 1
         for _ in range(_TURNS):
             self._turn += 1
             found = [self.places.get(value) for value in given]
@@ -122,6 +135,8 @@ class _Walk:
             self.places = {**outside, **inner}  # names of one turn, or loop, are not the next one's
             self.through(body)
             given = _VALUE.findall(body[-1].partition(" : ")[0]) if names else []
+            self.registers |= {register for *_, register in self._running if register}
+        self._depth -= 1
         self._turn += 1
         result, inside = head.partition(":")[0], self.places
         left = {f"{result}#{n}": inside[value] for n, value in enumerate(given) if value in inside}
@@ -147,13 +162,15 @@ class _Walk:
             self._start(given, rest)
         elif name == "warp_group_dot_wait":
             (pendings,) = re.findall(r"pendings = (\d+)", rest)
-            self._finish(len(self._running) - int(pendings))
+            self._finish(len(self._running) - int(pendings), given)
         elif name == "wait_barrier" and memory:
-            ours = [n for n, (_, bar) in enumerate(self._running) if bar == memory[0][0]]
-            self._finish(ours[0] + 1 if ours else 0)
+            ours = [n for n, (_, bar, _) in enumerate(self._running) if bar == memory[0][0]]
+            self._finish(ours[0] + 1 if ours else 0, ())
 
     def _write(self, allocation: str) -> None:
         self._written[allocation] += 1
+        if self._is_first and self._depth:
+            self.renewed.add(allocation)
         taken = self._written[allocation] - self._finished[allocation]
         self.needed[allocation] = max(self.needed[allocation], taken)
 
@@ -161,19 +178,24 @@ class _Walk:
         read = {self.places[value] for value in given[:2] if value in self.places}
         barriers = [self.places[value][0] for value in given[3:] if value in self.places]
         barrier = barriers[0] if barriers else ""
-        self._running.append((read, barrier))
+        in_registers = rest.rpartition(" : ")[2].startswith("tensor")
         if barrier or re.search(r"isAsync = true|is_async", rest):
+            self._running.append((read, barrier, given[0] if in_registers else ""))
             self.operands |= {allocation for allocation, *_ in read}
-            if rest.rpartition(" : ")[2].startswith("tensor"):
-                self.registers.add(given[0])
         else:
-            self._finish(len(self._running))
+            self._running.append((read, barrier, ""))
+            self._finish(len(self._running), ())
 
-    def _finish(self, count: int) -> None:
+    def _finish(self, count: int, handed_on: Sequence[str]) -> None:
         """Finish the `count` oldest running products; what others read too is not free yet."""
         done, self._running = self._running[: max(count, 0)], self._running[max(count, 0) :]
-        busy: set[Any] = set().union(*(read for read, _ in self._running))
-        free = set().union(*(read for read, _ in done)) - busy
+        self.registers |= {one for *_, one in done if one and one not in handed_on}
+        if self._is_first:
+            return
+        busy: set[Any] = set().union(*(read for read, *_ in self._running))
+        free = set().union(*(read for read, *_ in done)) - busy
+        kept = {one for one, *_ in free if self._written[one]} - self.renewed
+        free = {place for place in free if place[0] not in kept}
         self._finished.update(allocation for allocation, *_ in free)
         for allocation, *_ in free:  # or nothing could be told
             if self._finished[allocation] > self._written[allocation]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from cassetta.kernels import boxes, layout, plans, precision
 from cassetta.kernels.boxes import NO_BOX, Box
 from cassetta.kernels.geometry import Walk
-from cassetta.kernels.plans import Pass, Plan, Product
+from cassetta.kernels.plans import MarchPlan, Pass, Plan, Product
 from cassetta.kernels.types import Geometry
 
 REGISTERS = 250
@@ -138,7 +138,8 @@ at most 1/2^16 of the image, and the second stage reads them in no time."""
 
 PROGRAMS = 528
 """Of a gradient of weights, unless it has more tiles: 4 for each SM of a large GPU, which end
-together. Each leaves its share of a table as large as the weights, in float32."""
+together. Each leaves its share of a table as large as the weights, in float32. A march along D has
+as many, unless its parts were short."""
 
 
 def of(name: str, x: Tensor, strides: tuple[int, int, int], reduce: bool) -> Config:
@@ -161,6 +162,8 @@ def gemm(
     if product.name == "conv_dgrad":
         k, c = c, k
     plan = plans.chosen(product, device)
+    if isinstance(plan, MarchPlan):  # which does not cover this launch (`conv_fprop.run`)
+        plan = [one for one in product.plans if not isinstance(one, MarchPlan)][0]
     block_n = max(16, min(_power(k), plan.block_n))
     block_k = max(16, min(_power(c), plan.block_k))
     exact = precision.of(product.dtype) == "ieee"

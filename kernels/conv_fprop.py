@@ -13,6 +13,7 @@ exchanged) and, with SCATTER, what writes to one tap per voxel: transposed convo
 is their size. 2 N |Y| K C T operations; x is read T times, mostly from the L2 cache.
 """
 
+import importlib
 import math
 from functools import partial
 from typing import Any
@@ -22,11 +23,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cassetta.kernels import boxes, configs, layout, precision, reductions, tile
+from cassetta.kernels import boxes, configs, layout, lines, precision, reductions, tile
 from cassetta.kernels.boxes import NO_BOX
 from cassetta.kernels.configs import GemmConfig
-from cassetta.kernels.geometry import Walk, lifted, walk
-from cassetta.kernels.operands import added
+from cassetta.kernels.geometry import Walk, along_depth, lifted, walk
+from cassetta.kernels.lines import MarchConfig
+from cassetta.kernels.operands import added, voxel_steps
 from cassetta.kernels.plans import Product
 from cassetta.kernels.types import NOTHING, Activation, Geometry, Prologue
 
@@ -264,12 +266,18 @@ def run(
     image: Tensor | None = None, moments_of: Activation | None = None,
     centre: Tensor | None = None, after: bool = False, scatter: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Start the kernel: y = x * w over `steps`; w (T, C, K) in whole words.
+    """Start the kernel: y = x * w over `steps`; w (T, C, K) in whole words; or march along D.
 
     `image` is the residual; or, with `centre`, what `epilogue` is the pending transform of, and
     then the sums that it asks for come back: (2, N, K), and nothing else. Otherwise the moments.
     """
     (n, c), k = x.shape[:2], y.shape[1]
+    b = None if b is None else b.contiguous()
+    if product.marches and x2 is None and p.is_identity() and (image is None or centre is not None):
+        deep, step = along_depth(steps), max(voxel_steps(x)[1], voxel_steps(y)[1])
+        march = lines.march(product, n, deep, k, step, x.device)
+        if march is not None:
+            return _marched(march, x, w, b, y, deep, epilogue, image, moments_of, centre, after)
     taps = steps.taps[0] * steps.taps[1] * steps.taps[2]
     outs, taps = (taps, 1) if scatter else (1, taps)
     heavy = image is not None or not p.is_identity() or not epilogue.is_identity()
@@ -285,7 +293,6 @@ def run(
     if image is not None:
         image, r_strides = tile.strided(image)
     images = [one for one in (x, x2, y, image) if one is not None]
-    b = None if b is None else b.contiguous()
     s1, t1, act, slope, s2, t2 = p
     e1, f1, e_act, e_slope, e2, f2 = epilogue
     m_act = moments_of or Activation()
@@ -309,7 +316,26 @@ def run(
     )  # fmt: skip
     if sums is not None:
         return added(sums, 2), sums.new_empty(0)
-    if moments_of is None:
+    return _moments(x, parts)
+
+
+def _marched(
+    config: MarchConfig, x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, steps: Walk,
+    epilogue: Prologue, image: Tensor | None, moments_of: Activation | None,
+    centre: Tensor | None, after: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """March along D. The sums that a centre asks for are a pass of their own, then."""
+    march = importlib.import_module("cassetta.kernels.conv_march")  # Gluon is not in every triton
+    if image is None:
+        return _moments(x, march.run(config, x, w, b, y, steps, epilogue, moments_of))
+    march.run(config, x, w, b, y, steps, NOTHING, None)
+    sums = reductions.prologue_sums(y, image, epilogue, centre, None, after)
+    return sums[:2], sums.new_empty(0)
+
+
+def _moments(x: Tensor, parts: Any) -> tuple[Tensor, Tensor]:
+    """Combine moments of parts; if there are none, return two tables without entries."""
+    if parts[0] is None:
         return x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
     mean, var = reductions.combine(*parts)
     return mean, var
@@ -327,9 +353,3 @@ def _operands(config: GemmConfig, x: Tensor, x2: Tensor | None, *tables: Tensor 
         return x, x2, *tables
     images = (tile.image_in_boxes(one, config.box, config.block_k) for one in (x, x2))
     return *images, *(tile.table_in_boxes(one, config.block_k, config.block_n) for one in tables)
-
-
-def voxel_steps(x: Tensor) -> tuple[int, int]:
-    steps = layout.strides(x)
-    assert steps is not None
-    return steps[0], steps[2]

@@ -24,9 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from cassetta.kernels import configs, layout, precision, tile
-from cassetta.kernels.conv_fprop import voxel_steps
 from cassetta.kernels.geometry import walk
-from cassetta.kernels.operands import added
+from cassetta.kernels.operands import added, voxel_steps
 from cassetta.kernels.plans import Product
 from cassetta.kernels.types import Geometry, Prologue
 

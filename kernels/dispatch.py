@@ -21,8 +21,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cassetta.kernels import configs, evidence, layout, library, machine, ops, records, reference
+from cassetta.kernels import (
+    configs,
+    evidence,
+    layout,
+    library,
+    machine,
+    ops,
+    plans,
+    records,
+    reference,
+)
 from cassetta.kernels.machine import INTERPRET, is_interpreted
+from cassetta.kernels.plans import Product
 
 BACKENDS = ("auto", "triton", "reference")
 ENVIRONMENT = "CASSETTA_BACKEND"
@@ -38,6 +49,12 @@ ODD, ODD_ON = "gemm", (9, 0)
 fill no words of 16 bytes, by convolutions of 27 taps or more. On an H200 (bench/results) a step of
 MeshNet, 21 channels, takes 420 ms by it, 472 by `DEFAULT`, and 455 in plain PyTorch; a single block
 without dilation 38.8, 38.2 and 99.6."""
+
+MARCHED = 27
+"""Taps of convolutions that our own engine runs on compute capability 9.0, in training or not, of
+images whose channels fill no words, where `conv_march` covers them. On an H200 (bench/results:
+prototypes.json), 21 channels, 256^3: its prototype takes 2.2 ms forward, cuDNN 9.8. Itself has not
+been measured."""
 
 OLDEST = (8, 0)
 """The compute capability that a GPU needs at least: that of its tensor cores, and of `cp.async`."""
@@ -60,6 +77,7 @@ class Use(NamedTuple):
     taps: int
     is_last: bool  # the channels of the image are last in memory
     training: bool
+    product: Callable[[], Product] | None = None  # what our own engine would compute
 
 
 class Choice(NamedTuple):
@@ -169,7 +187,7 @@ def choose(
     if found is not None:
         return found
     found = _by_rule(x)
-    is_odd = use is not None and found.engine == DEFAULT and _is_odd(x, use)
+    is_odd = use is not None and found.engine == DEFAULT and (_is_odd(x, use) or _marches(x, use))
     return Choice(ODD, *found[1:]) if is_odd and lacks.get(ODD, "") is None else found
 
 
@@ -204,6 +222,16 @@ def _is_odd(x: Tensor, use: Use) -> bool:
     """Tell whether the rule of `ODD` applies."""
     asked = use.training and use.is_last and use.taps >= 27 and x.shape[1] % layout.WORD > 0
     return asked and machine.is_gpu(x.device) and machine.capability(x.device) == ODD_ON
+
+
+def _marches(x: Tensor, use: Use) -> bool:
+    """Tell whether the rule of `MARCHED` applies; a tracer cannot compile, which that asks for."""
+    asked = use.product is not None and use.taps == MARCHED and x.shape[1] % layout.WORD > 0
+    if not asked or torch.compiler.is_compiling() or not machine.is_gpu(x.device):
+        return False
+    product, capability = use.product(), machine.capability(x.device)
+    on_it = capability == ODD_ON and product.marches
+    return on_it and plans.why_no_march(product, capability) is None
 
 
 def why_no_triton() -> str | None:

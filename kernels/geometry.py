@@ -33,3 +33,13 @@ def lifted(sizes: Sequence[int], one: int) -> Three:
     """Return three numbers, from those of 1 to 3 axes."""
     a, b, c = (*[one] * (3 - len(sizes)), *sizes)
     return a, b, c
+
+
+def along_depth(steps: Walk) -> Walk:
+    """Return the same walk with the first axis that there is as D: of two axes, H is marched along.
+
+    An image of one line per plane and one of one plane lie in memory alike.
+    """
+    if steps.inp[0] > 1 or steps.taps[0] > 1:
+        return steps
+    return Walk(*((b, a, c) for a, b, c in steps))

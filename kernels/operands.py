@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cassetta.kernels import ops
+from cassetta.kernels import layout, ops
 from cassetta.kernels.types import Prologue
 
 
@@ -23,3 +23,10 @@ def summed(g: Tensor) -> Tensor:
 def added(parts: Tensor, dim: int) -> Tensor:
     """Return the sum along a dimension, in a fixed order; of a single part, the part itself."""
     return parts.select(dim, 0) if parts.shape[dim] == 1 else parts.sum(dim)
+
+
+def voxel_steps(x: Tensor) -> tuple[int, int]:
+    """Return from how many elements on the next sample and the next voxel of an image begin."""
+    steps = layout.strides(x)
+    assert steps is not None, "whoever reads it in words has asked before"
+    return steps[0], steps[2]

@@ -5,14 +5,15 @@ The first plan of a pass is taken where nothing was measured.
 """
 
 import functools
-from collections.abc import Iterator
+import importlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cassetta.kernels import boxes, evidence, machine
+from cassetta.kernels import boxes, evidence, layout, machine
 from cassetta.kernels.types import Geometry
 
 
@@ -21,6 +22,7 @@ class Plan(NamedTuple):
 
     tile: int = 2048  # elements
     warps: int = 8
+    of = "pass"
 
     def __str__(self) -> str:
         return f"{self.tile} elements, {self.warps} warps"
@@ -34,6 +36,7 @@ class GemmPlan(NamedTuple):
     block_k: int = 64  # channels that are multiplied in a step, at most
     stages: int = 3
     boxes: bool = False  # whether a tile is a box, where the image can be read so
+    of = "image"
     is_wide = False
 
     def shared(self, itemsize: int) -> int:
@@ -49,6 +52,24 @@ class GemmPlan(NamedTuple):
         return f"{size}, {self.stages} stages{', boxes' * self.boxes}"
 
 
+class MarchPlan(NamedTuple):
+    """What may be tuned of a march along D: nothing but whether there is one."""
+
+    block_m: int = 64  # places of a tile
+    of = "image"
+    boxes = False
+    is_wide = False
+
+    def shared(self, itemsize: int) -> int:
+        """Return an upper bound of the bytes of shared memory that a launch takes."""
+        depth = columns = 3 * MARCHED
+        operands = (3 * self.block_m * depth + 3 * depth * columns) * itemsize
+        return operands + 4 * (self.block_m + 24) * columns + 4 * self.block_m * MARCHED + _BESIDE
+
+    def __str__(self) -> str:
+        return f"a march along D, {self.block_m} places"
+
+
 class WgradPlan(NamedTuple):
     """What may be tuned of the launch of the gradient of weights."""
 
@@ -56,6 +77,7 @@ class WgradPlan(NamedTuple):
     columns: int = 192  # taps x channels of a tile, at most; of half as many, rows may be 256
     block_v: int = 64  # voxels that are multiplied in a step
     stages: int = 3
+    of = "weights"
     boxes = False  # none reads them
 
     @property
@@ -79,6 +101,9 @@ class WgradPlan(NamedTuple):
         return f"{self.rows} x {self.columns} x {self.block_v}, {self.stages} stages"
 
 
+MARCHED = 32
+"""Channels of images that `conv_march` reads and returns, at most."""
+
 _BESIDE = 2048
 """Bytes of shared memory beside operands: barriers, and what sums pass through."""
 
@@ -96,6 +121,7 @@ WGRAD_PLANS = (
     WgradPlan(), WgradPlan(256, 96, 64), WgradPlan(256, 96, 32, 4), WgradPlan(128, 96, 32, 4),
     WgradPlan(64, 96, 64),
 )  # fmt: skip
+MARCH_PLANS = (MarchPlan(),)
 _GEMM_PLANS_32 = (
     GemmPlan(64, 64, 32), GemmPlan(64, 64, 16), GemmPlan(64, 32, 32), GemmPlan(64, 64, 32, 3, True),
 )  # fmt: skip
@@ -110,6 +136,7 @@ class Pass(NamedTuple):
     image: Tensor
     last: bool  # whether channels come last
     plans: tuple[Plan, ...] = PLANS
+    of = "pass"
 
     @property
     def key(self) -> str:
@@ -144,11 +171,29 @@ class Product(NamedTuple):
         return f"{self.name} {shape} to {self.channels}, {how}, {dtype}"
 
     @property
-    def plans(self) -> tuple[GemmPlan, ...] | tuple[WgradPlan, ...]:
+    def of(self) -> str:
+        """The kind of its plans."""
+        return "weights" if self.name == "conv_wgrad" else "image"
+
+    @property
+    def plans(self) -> tuple[GemmPlan | MarchPlan, ...] | tuple[WgradPlan, ...]:
         """The plans that may run it, the first by rule."""
-        if self.dtype.itemsize == 2:
-            return WGRAD_PLANS if self.name == "conv_wgrad" else GEMM_PLANS
-        return _WGRAD_PLANS_32 if self.name == "conv_wgrad" else _GEMM_PLANS_32
+        if self.name == "conv_wgrad":
+            return WGRAD_PLANS if self.dtype.itemsize == 2 else _WGRAD_PLANS_32
+        if self.dtype.itemsize > 2:
+            return _GEMM_PLANS_32
+        return (*GEMM_PLANS, *MARCH_PLANS) if self.marches else GEMM_PLANS
+
+    @property
+    def marches(self) -> bool:
+        """Whether `conv_march` covers it: three taps along D and W, one or three along H, without a
+        stride, of two or three axes, in 16 bits, of few channels."""
+        few = self.shape[1] <= MARCHED and self.channels <= MARCHED
+        return (
+            few and self.name != "conv_wgrad" and self.dtype.itemsize == 2
+            and len(self.taps) in (2, 3) and self.taps[0] == self.taps[-1] == 3
+            and self.taps[-2] in (1, 3) and max(self.geometry.stride) == 1
+        )  # fmt: skip
 
     @property
     def reads_boxes(self) -> bool:
@@ -161,16 +206,18 @@ class Product(NamedTuple):
         return self
 
 
-_forced: dict[type, Any] = {}
+_forced: dict[str, Any] = {}
 _asked: dict[str, Pass | Product] | None = None
 
 
 def chosen(what: Pass | Product, device: torch.device) -> Any:
     """The plan that was the fastest by measurement; the first where none was measured."""
+    forced = _forced.get(what.of) if _forced else None
+    if forced is not None and (not isinstance(forced, MarchPlan) or what.marches):
+        return forced
     found = what.plans if isinstance(what, Pass) else fitting(what, device)
-    forced = _forced.get(type(found[0]))
-    if forced is not None or device.type == "meta":
-        return forced or found[0]
+    if device.type == "meta":
+        return found[0]
     if _asked is not None:
         _asked[what.key] = what.without_data()
     table = evidence.table(device)
@@ -195,7 +242,8 @@ def fitting(what: Product, device: torch.device) -> tuple[Any, ...]:
     gpu = machine.known(device)
     if gpu is None or not gpu.shared:
         return what.plans
-    return offered(what.plans, what.dtype.itemsize, gpu.shared, gpu.capability)
+    found = offered(what.plans, what.dtype.itemsize, gpu.shared, gpu.capability)
+    return found if not what.marches else _marching(what, found, gpu.capability)
 
 
 @functools.cache
@@ -211,11 +259,52 @@ def offered(
     )  # fmt: skip
 
 
+def _marching(what: Product, found: tuple[Any, ...], capability: tuple[int, int]) -> Any:
+    """The same plans, a march along D first, which reads the least; or without it."""
+    others = tuple(plan for plan in found if not isinstance(plan, MarchPlan))
+    return others if why_no_march(what, capability) else (*MARCH_PLANS, *others)
+
+
+def declined(asked: Iterable[Pass | Product], device: torch.device) -> dict[str, str]:
+    """Tell of each plan that covers one of these, and is not offered on this device, why not."""
+    gpu = machine.known(device)
+    found = {}
+    for what in asked:
+        if gpu is not None and isinstance(what, Product) and what.marches:
+            why = why_no_march(what, gpu.capability)
+            if why is not None:
+                found[f"{MARCH_PLANS[0]}, of {what.shape[1]} to {what.channels} channels"] = why
+    return found
+
+
+def why_no_march(what: Product, capability: tuple[int, int]) -> str | None:
+    """Explain in a sentence why a product that marches does not on such a GPU; None if it does.
+
+    Where one could, the first call compiles one.
+    """
+    if capability[0] != 9:
+        return f"it multiplies by wgmma, which GPUs of compute capability {capability[0]}.x lack"
+    (*_, high), channels = what.taps[:-1], (what.shape[1], what.channels)
+    return _why_not_compiled(1 if len(what.taps) == 2 else high, *map(layout.padded, channels))
+
+
+@functools.cache
+def _why_not_compiled(high: int, channels: int, results: int) -> str | None:
+    """Compile a march, and explain what is wrong with it: Gluon changes from triton to triton."""
+    triton = importlib.import_module("triton")
+    try:
+        march = importlib.import_module("cassetta.kernels.conv_march")
+        wrong = march.compiled(high, channels, results).excess
+    except Exception as error:  # whatever a compiler raises
+        wrong = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+    return wrong and f"triton {triton.__version__} does not compile it well ({wrong})"
+
+
 @contextmanager
 def use_plan(*plans: Any) -> Iterator[None]:
-    """Every launch by these plans, each for those of its kind."""
+    """Every launch that they cover by these plans, each for those of its kind."""
     global _forced
-    before, _forced = _forced, {**_forced, **{type(plan): plan for plan in plans}}
+    before, _forced = _forced, {**_forced, **{plan.of: plan for plan in plans}}
     try:
         yield
     finally:

@@ -16,8 +16,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from cassetta.kernels import boxes, layout, machine, records
 from cassetta.kernels.boxes import Box
 from cassetta.kernels.configs import Config, GemmConfig, PoolConfig, WgradConfig
+from cassetta.kernels.lines import MarchConfig
 
-AnyConfig = Config | PoolConfig | GemmConfig | WgradConfig
+AnyConfig = Config | PoolConfig | GemmConfig | MarchConfig | WgradConfig
 
 OPTIONS = {"enable_fp_fusion": True}
 """Of every compilation: a multiplication and the addition that follows are rounded once. Said,
@@ -123,7 +124,7 @@ def at(ptr, n, v, c, stride_n, stride_c, stride_v, WIDE: tl.constexpr, WORDS: tl
 def row(ptr, n, c, C, DEFAULT: tl.constexpr):
     """The entries (1, BLOCK_C) of a table (N, C); DEFAULT where there is no table."""
     if ptr is None:
-        values = tl.full((1, c.shape[0]), DEFAULT, tl.float32)
+        values = (c * 0 + DEFAULT).to(tl.float32)[None, :]  # (in the layout of c, for Gluon)
     else:
         values = tl.load(ptr + n * C + c, mask=c < C, other=DEFAULT)[None, :]
     return values

@@ -77,7 +77,7 @@ def convolved(arch, channels, *plans):
     """Code that compiles the three passes of a convolution, by these plans: `built`, one by one."""
     return f"""{SPY}
 from cassetta.kernels import aot, conv_dgrad, conv_fprop, conv_wgrad, layout
-from cassetta.kernels.plans import GemmPlan, WgradPlan, use_plan
+from cassetta.kernels.plans import GemmPlan, MarchPlan, WgradPlan, use_plan
 from cassetta.kernels.types import NOTHING, Activation, Geometry
 c = {channels}
 x = layout.empty((1, c, 32, 32, 32), torch.bfloat16, "meta")
@@ -100,7 +100,7 @@ def test_convolutions_feed_tensor_cores_by_16_bytes(arch, channels):
     """Operands are copied ahead, in words of 16 bytes, by cp.async where a tile is read as it is;
     images are written so, too. Narrow loads are of the bias alone, and of nothing large; but where
     a tile has fewer words than there are threads, each copies half of one."""
-    out = run(f"""{convolved(arch, channels)}
+    out = run(f"""{convolved(arch, channels, "GemmPlan()")}
     cores = any(re.search(aot._MMA[kind], ptx) for kind in {{80: ["mma"], 90: ["wgmma"],
         100: ["tcgen05", "mma"]}}[{arch}])
     ahead = len(re.findall(r"cp\\.async\\.cg\\.shared\\.global.*0x10", ptx))
@@ -113,6 +113,19 @@ def test_convolutions_feed_tensor_cores_by_16_bytes(arch, channels):
     for name, *found in rows:
         is_half = channels == 21 and "wgrad" in name  # 64 x 16 channels of g, by 256 threads
         assert found == ["True", "True", "0x8" if is_half else "0", "0"], name
+
+
+def test_a_march_feeds_tensor_cores_by_16_bytes():
+    """All that is read and written of images, in words; products of a plane are awaited at once."""
+    out = run(f"""{convolved(90, 21, "MarchPlan()")}
+    if "march" in name:
+        copies = {{*re.findall(r"cp\\.async\\.c(.)\\.shared\\.global.*(0x\\w+)", ptx)}}
+        stores = {{*re.findall(r"st\\.global(\\.v\\d)?\\.b(\\d+)", ptx)}} - {{("", "32")}}
+        waits = len(re.findall(r"wgmma\\.wait_group", ptx))
+        print(*copies, *stores, ptx.count("wgmma.mma_async") // 30, waits, sep="|")
+""")
+    row = "('g', '0x10')|('.v4', '32')|3|3"  # (moments are of 32 bits)
+    assert out.splitlines() == [row, row]
 
 
 @pytest.mark.parametrize("channels", [21, 64])
@@ -206,7 +219,7 @@ for built in found:
     assert out == ""
 
 
-@pytest.mark.parametrize(("engine", "nb_kernels"), [("library", 8), ("gemm", 11)])
+@pytest.mark.parametrize(("engine", "nb_kernels"), [("library", 8), ("gemm", 12)])
 def test_the_first_step_of_a_network_compiles_in_a_minute(engine, nb_kernels, tmp_path):
     """All that the passes of a 3-D U-Net compile, cold: sizes are no constants of kernels."""
     out = run(

@@ -12,6 +12,8 @@ from cassetta.kernels import buffers
 
 PATH = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
 KERNEL = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from cassetta.kernels import aot
 from hazards import product_kernel
@@ -24,7 +26,8 @@ for arch in 80, 90, 100:
         for fixed in (False, False), (True, False), (False, True):
             constants = dict(zip([(5,), (6,), (7,)], (*fixed, stages)))
             source = ASTSource(product_kernel, types, constants, aligned)
-            report = aot.Report("", "", arch, *aot._found(aot._compiled(source, {}, arch)))
+            built = compile(source, target=GPUTarget("cuda", arch, 32))
+            report = aot.report_of("", "", arch, built)
             print(arch, stages, *fixed, report.excess or "", sep="|")
 """
 

@@ -1,5 +1,6 @@
 """The choice of a backend, and its reasons."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +14,10 @@ from cassetta.kernels import (
     evidence,
     library,
     machine,
+    plans,
     why_reference,
 )
+from cassetta.kernels.types import Geometry
 from cassetta.layers import Conv, ConvBlock, DownConv
 
 
@@ -166,6 +169,31 @@ def test_the_rule_for_odd_channels(monkeypatch, gpu):
     assert engine() == "library"
 
 
+def test_the_rule_for_convolutions_that_march(monkeypatch, gpu):
+    """On 9.0, of odd channels, in training or not, in either layout: if they do (`MARCHED`)."""
+    monkeypatch.setattr(dispatch, "PLAIN", (Image,))
+    monkeypatch.setattr(evidence, "table", lambda device: SimpleNamespace(records={}))
+    why: list[str | None] = [None]
+    monkeypatch.setattr(plans, "_why_not_compiled", lambda *given: why[0])
+
+    def engine(dtype=torch.bfloat16, channels=21, taps=(3, 3, 3), more=21, lacks=None):
+        image = Image(torch.bfloat16, size=2**25)
+        image.shape = (1, channels, 2**25 // channels)
+        same = Geometry((1,) * 3, ((1, 1),) * 3, (1,) * 3)
+        product = plans.Product("conv_fprop", image.shape, more, taps, same, dtype)
+        about = dispatch.Use(math.prod(taps), False, False, lambda: product)
+        lacking = {"library": None, "gemm": lacks, "reference": None}
+        return dispatch.choose(image, None, lambda: "", lacking, about).engine
+
+    assert engine() == "gemm"
+    assert engine(torch.float32) == engine(channels=24) == engine(taps=(3, 1, 3)) == "library"
+    assert engine(more=48) == engine(lacks="no kernel") == "library"
+    why[0] = "triton does not compile it well"
+    assert engine() == "library"
+    why[0], gpu[0] = None, (8, 0)
+    assert engine() == "library"
+
+
 def test_what_rules_are_told_of_a_block(monkeypatch):
     told, choose = [], dispatch.choose
     monkeypatch.setattr(dispatch, "choose", lambda *given: told.append(given[-1]) or choose(*given))
@@ -175,4 +203,8 @@ def test_what_rules_are_told_of_a_block(monkeypatch):
     with torch.no_grad():
         DownConv(3, 4, 4)(image)
     expected = (27, False, True), (27, True, False), (0, False, False)
-    assert told == [*expected]
+    assert [one[:3] for one in told] == [*expected]
+    product = told[0].product()
+    assert product[:4] == ("conv_fprop", (1, 4, 5, 5, 5), 4, (3, 3, 3))
+    assert product.dtype == torch.float32
+    assert told[2].product is None

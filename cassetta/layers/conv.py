@@ -1,6 +1,6 @@
 """Convolutions whose number of spatial dimensions is an argument."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cassetta import functional
 from cassetta.core import check
 from cassetta.core.typing import BoundType, DataType, DeviceType, OneOrSeveral, SeparableType
+from cassetta.kernels.plans import Product
 from cassetta.kernels.types import Geometry
 from cassetta.layers.convbase import ConvBase, PaddingType
 from cassetta.layers.weighted import Lazy
@@ -122,6 +123,12 @@ class Conv(ConvBase):
         if self.padding != "same":
             self._check_size(inp, geometry)
         return functional.conv(inp, self.weight, self.bias, geometry, self.padding_mode)
+
+    def product(self, shape: Sequence[int], dtype: torch.dtype) -> Product:
+        """Return what our own engine computes of it: of an image of this shape, in this dtype."""
+        return Product(
+            "conv_fprop", tuple(shape), self.out_channels, self.kernel_size, self.geometry, dtype
+        )
 
     def _check_size(self, inp: Tensor, geometry: Geometry) -> None:
         for axis, (before, after) in enumerate(geometry.padding):

@@ -134,8 +134,7 @@ def choose(block: nn.Module, layers: dict[str, nn.Module | None], x: Deferred) -
     if why is None and process_group(layers.get("n")) is not None:
         choice = Choice(dispatch.DEFAULT, "", "torch's own SyncBatchNorm is for GPUs only")
         return _told(block, choice, x, what, found)
-    taps = math.prod(layers["c"].kernel_size) if isinstance(layers["c"], Conv) else 0
-    return choose_for(block, x, what, why, found, taps)
+    return choose_for(block, x, what, why, found, layers["c"])
 
 
 def lacks(conv: nn.Module | None, convolves: bool = True) -> dict[str, str | None]:
@@ -156,14 +155,16 @@ def lacks(conv: nn.Module | None, convolves: bool = True) -> dict[str, str | Non
 
 def choose_for(
     module: nn.Module, x: Deferred, what: Callable[[], str], why: str | None,
-    lacks: Mapping[str, str | None], taps: int = 0,
+    lacks: Mapping[str, str | None], conv: nn.Module | None = None,
 ) -> Choice:  # fmt: skip
     """Choose an engine, which must lack nothing, for a module on x; with a reason `why`, none.
 
     `what` tells what it does: it is called only if the table of what was measured is looked into,
-    or somebody listens. `taps` are those of a block's convolution.
+    or somebody listens. `conv` is a block's convolution.
     """
-    use = dispatch.Use(taps, x.parts[0].is_last, _is_training())
+    taps = math.prod(conv.kernel_size) if isinstance(conv, Conv) else 0
+    product = lambda: conv.product(x.shape, _rounded(x.image) or x.image.dtype)  # noqa: E731
+    use = dispatch.Use(taps, x.parts[0].is_last, _is_training(), product if taps else None)
     choice = dispatch.choose(x.image, why, lambda: key(what(), x), lacks, use)
     return _told(module, choice, x, what, lacks)
 
@@ -208,14 +209,18 @@ def _walk(conv: Conv) -> str:
 def key(what: str, x: Deferred) -> str:
     """The name of what is done with an image, or with two, in the table of what was measured."""
     image, parts = x.image, x.parts
-    last = parts[0].is_last
     n, _, *size = image.shape
     channels = "+".join(str(part.shape[1]) for part in parts)
-    device = image.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else ""
-    kind = f"{'last' if last else 'first'} {image.dtype} {dtype}".replace("torch.", "").strip()
+    kind = f"{'last' if parts[0].is_last else 'first'} {image.dtype} {_rounded(image) or ''}"
+    kind = kind.replace("torch.", "").strip()
     use = "training" if _is_training() else "inference"
     return f"{'x'.join(map(str, (n, channels, *size)))} {kind}, {what}, {use}"
+
+
+def _rounded(image: Tensor) -> torch.dtype | None:
+    """Return the dtype that autocast rounds an image to, if it does."""
+    kind = image.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def _is_training() -> bool:
