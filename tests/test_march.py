@@ -11,6 +11,7 @@ from conftest import DEVICE, RUNNER
 from test_convolutions import SLACK, double
 from test_pairwise import pairs
 
+from cassetta.explanation import Explanation
 from cassetta.kernels import boxes, configs, dispatch, layout, lines, machine, plans, reference
 from cassetta.kernels.geometry import along_depth, walk
 from cassetta.kernels.plans import MarchPlan, Product
@@ -296,6 +297,16 @@ def test_a_triton_that_does_not_compile_it_is_told(monkeypatch):
         patch.setattr(march, "compiled", lambda *given: SimpleNamespace(excess="8 bytes spill"))
         assert "(8 bytes spill)" in check(3, 24, 24)
     assert check(3, 24, 24) is None
+
+
+def test_explain_tells_where_it_is_not_offered(hopper, monkeypatch):
+    monkeypatch.setattr(plans, "_why_not_compiled", lambda *given: "triton 3.9 does not")
+    found = plans.declined([product(), product(dtype=torch.float32)], torch.device("cuda"))
+    assert found == {f"{MarchPlan()}, of 21 to 21 channels": "triton 3.9 does not"}
+    shown = str(Explanation([], {}, found))
+    assert "not offered: a march along D, 64 places, of 21 to 21 channels (triton 3.9" in shown
+    monkeypatch.setattr(plans, "_why_not_compiled", lambda *given: None)
+    assert plans.declined([product()], torch.device("cuda")) == {}
 
 
 def test_planes_too_large_for_31_bits_are_gathered(hopper):
