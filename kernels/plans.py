@@ -241,7 +241,7 @@ def fitting(what: Product, device: torch.device) -> tuple[Any, ...]:
     """
     gpu = machine.known(device)
     if gpu is None or not gpu.shared:
-        return what.plans
+        return _gathering(what.plans)
     found = offered(what.plans, what.dtype.itemsize, gpu.shared, gpu.capability)
     return found if not what.marches else _marching(what, found, gpu.capability)
 
@@ -261,8 +261,14 @@ def offered(
 
 def _marching(what: Product, found: tuple[Any, ...], capability: tuple[int, int]) -> Any:
     """The same plans, a march along D first, which reads the least; or without it."""
-    others = tuple(plan for plan in found if not isinstance(plan, MarchPlan))
+    others = _gathering(found)
     return others if why_no_march(what, capability) else (*MARCH_PLANS, *others)
+
+
+@functools.cache
+def _gathering(found: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Those of these plans that do not march, as none does on a CPU: no Gluon is interpreted."""
+    return tuple(plan for plan in found if not isinstance(plan, MarchPlan))
 
 
 def declined(asked: Iterable[Pass | Product], device: torch.device) -> dict[str, str]:

@@ -250,6 +250,8 @@ def test_what_marches():
     ]  # fmt: skip
     assert not any(one.marches for one in others)
     assert all(MarchPlan() not in one.plans for one in others)
+    assert MarchPlan() in product().plans
+    assert MarchPlan() not in plans.candidates(product(), torch.device("cpu"))
 
 
 @pytest.fixture
