@@ -159,12 +159,13 @@ def choose_for(
 ) -> Choice:  # fmt: skip
     """Choose an engine, which must lack nothing, for a module on x; with a reason `why`, none.
 
-    `what` tells what it does: it is called only if the table of what was measured is looked into,
-    or somebody listens. `conv` is a block's convolution.
+    `what` tells what it does, if a table is looked into, or somebody listens; `conv` convolves.
     """
-    taps = math.prod(conv.kernel_size) if isinstance(conv, Conv) else 0
-    product = lambda: conv.product(x.shape, _rounded(x.image) or x.image.dtype)  # noqa: E731
-    use = dispatch.Use(taps, x.parts[0].is_last, _is_training(), product if taps else None)
+    taps, product = 0, None
+    if isinstance(conv, Conv):
+        taps = math.prod(conv.kernel_size)
+        product = lambda: conv.product(x.shape, _rounded(x.image) or x.image.dtype)  # noqa: E731
+    use = dispatch.Use(taps, x.parts[0].is_last, _is_training(), product)
     choice = dispatch.choose(x.image, why, lambda: key(what(), x), lacks, use)
     return _told(module, choice, x, what, lacks)
 
@@ -212,8 +213,7 @@ def key(what: str, x: Deferred) -> str:
     n, _, *size = image.shape
     channels = "+".join(str(part.shape[1]) for part in parts)
     kind = f"{'last' if parts[0].is_last else 'first'} {image.dtype} {_rounded(image) or ''}"
-    kind = kind.replace("torch.", "").strip()
-    use = "training" if _is_training() else "inference"
+    kind, use = kind.replace("torch.", "").strip(), "training" if _is_training() else "inference"
     return f"{'x'.join(map(str, (n, channels, *size)))} {kind}, {what}, {use}"
 
 
