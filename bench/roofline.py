@@ -15,6 +15,7 @@ rates of a machine are its data sheet's, those of its L2 cache and of `mma.sync`
 """
 
 import argparse
+import functools
 import math
 import re
 from typing import Any, NamedTuple
@@ -103,7 +104,8 @@ def bound(machine: Machine, name: str, channels: int) -> Bound:
     kinds = GemmConfig | MarchConfig | WgradConfig
     ((config, built),) = [one for one in launches if isinstance(one[0], kinds)]
     code, wide = instructions(built), bool(re.search(r"wgmma|tcgen05", built.asm["ptx"]))
-    count = {GemmConfig: _of_image, MarchConfig: _of_march, WgradConfig: _of_weights}[type(config)]
+    march = functools.partial(_of_march, moments=name == "conv_fprop")
+    count = {GemmConfig: _of_image, MarchConfig: march, WgradConfig: _of_weights}[type(config)]
     work = count(config, code, x, wide)
     return Bound(work.seconds(machine, wide), _in_words(config, code, built))
 
@@ -145,9 +147,10 @@ def _of_image(config: Any, code: Code, x: Tensor, wide: bool) -> Work:
     )
 
 
-def _of_march(config: Any, code: Code, x: Tensor, wide: bool) -> Work:
+def _of_march(config: Any, code: Code, x: Tensor, wide: bool, moments: bool) -> Work:
     """Count what a march along D does, of a convolution that keeps the size of x; its loop takes
-    three planes a turn, and each program reads two planes and finishes one late."""
+    three planes a turn, and each program reads two planes and finishes one late. Moments are of
+    what is stored, which they read again."""
     rows, stored, size = config.block_m, layout.padded(x.shape[1]), x.element_size()
     depth, columns = -(-3 * stored // 16) * 16, 3 * stored
     lengths = [min(config.part, x.shape[2] - n * config.part) for n in range(config.parts)]
@@ -162,7 +165,7 @@ def _of_march(config: Any, code: Code, x: Tensor, wide: bool) -> Work:
     return Work(
         (turns * code.loop + config.programs * code.rest) * config.warps,
         2 * planes * rows * 3 * columns * depth,
-        planes * (2 * ring + left * (1 + groups) + right * again + 3 * results),
+        planes * (2 * ring + left * (1 + groups) + right * again + (2 + moments) * results),
         planes * (rows * columns * size + results),
         2 * math.prod(x.shape[2:]) * stored * size,
     )

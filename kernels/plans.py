@@ -290,8 +290,11 @@ def why_no_march(what: Product, capability: tuple[int, int]) -> str | None:
     """
     if capability[0] != 9:
         return f"it multiplies by wgmma, which GPUs of compute capability {capability[0]}.x lack"
-    (*_, high), channels = what.taps[:-1], (what.shape[1], what.channels)
-    return _why_not_compiled(1 if len(what.taps) == 2 else high, *map(layout.padded, channels))
+    high = 1 if len(what.taps) == 2 else what.taps[1]
+    channels, results = layout.padded(what.shape[1]), layout.padded(what.channels)
+    if what.name == "conv_dgrad":
+        channels, results = results, channels
+    return _why_not_compiled(high, channels, results)
 
 
 @functools.cache

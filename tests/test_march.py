@@ -301,6 +301,17 @@ def test_a_triton_that_does_not_compile_it_is_told(monkeypatch):
     assert check(3, 24, 24) is None
 
 
+def test_a_gradient_goes_the_other_way(hopper, monkeypatch):
+    """It reads as many channels as the convolution returns: what is compiled for it is another."""
+    asked = []
+    monkeypatch.setattr(plans, "_why_not_compiled", lambda *given: asked.append(given))
+    one = product((1, 21, 9, 9, 9), 32, (3, 1, 3))
+    for name in "conv_fprop", "conv_dgrad":
+        plans.fitting(one._replace(name=name), torch.device("cuda"))
+    plans.fitting(product((1, 5, 9, 9), 13, (3, 3)), torch.device("cuda"))
+    assert asked == [(1, 24, 32), (1, 32, 24), (1, 8, 16)]
+
+
 def test_explain_tells_where_it_is_not_offered(hopper, monkeypatch):
     monkeypatch.setattr(plans, "_why_not_compiled", lambda *given: "triton 3.9 does not")
     found = plans.declined([product(), product(dtype=torch.float32)], torch.device("cuda"))
