@@ -22,7 +22,8 @@ What no loop writes, as weights that stay, is not overwritten, however often it 
 On sm_90 the first operand may also come from registers. Those have no ring: whether they are set
 anew too early is for ptxas to see, and before CUDA 13.3 it does not always (triton#9433, #11781).
 So an asynchronous product may have an operand there only if it is awaited in the same turn of the
-loop, by a wait that hands the operand on: then its registers are not free before.
+loop, by a wait that hands the operand on. (LLVM may hand on halves of its registers; a test reads
+the machine code of `conv_march`, the one kernel that has such an operand.)
 """
 
 import re

@@ -60,7 +60,8 @@ def march(
     """
     plan = plans.chosen(product, device)
     planes = (math.prod(size[1:]) for size in (steps.inp, steps.out))
-    if not isinstance(plan, MarchPlan) or max(planes) * step >= 2**31 - 2**24:
+    is_empty = not samples * math.prod(steps.out)
+    if not isinstance(plan, MarchPlan) or is_empty or max(planes) * step >= 2**31 - 2**24:
         return None  # (in a plane, offsets have 31 bits)
     return marching(plan, samples, steps, channels)
 

@@ -266,7 +266,8 @@ def leave_moments(
     share = 1.0 / gl.maximum(total, 1.0)
     middle = _of_rows(count * mean) * share
     off = mean - gl.expand_dims(gl.expand_dims(middle, 0), 0)
-    spread = gl.maximum(_of_rows(apart + count * off * off), 0.0)
+    spread = _of_rows(apart + count * off * off)
+    spread = gl.where(spread < 0, 0.0, spread)  # (and NaN of NaN)
     if alone:
         spread *= share
     of_k: gl.constexpr = gl.SliceLayout(0, accumulator(N, gl.num_warps()))

@@ -62,9 +62,9 @@ class MarchPlan(NamedTuple):
 
     def shared(self, itemsize: int) -> int:
         """Return an upper bound of the bytes of shared memory that a launch takes."""
-        depth = columns = 3 * MARCHED
+        depth = columns = 3 * FEW
         operands = (3 * self.block_m * depth + 3 * depth * columns) * itemsize
-        return operands + 4 * (self.block_m + 24) * columns + 4 * self.block_m * MARCHED + _BESIDE
+        return operands + 4 * (self.block_m + 24) * columns + 4 * self.block_m * FEW + _BESIDE
 
     def __str__(self) -> str:
         return f"a march along D, {self.block_m} places"
@@ -101,7 +101,7 @@ class WgradPlan(NamedTuple):
         return f"{self.rows} x {self.columns} x {self.block_v}, {self.stages} stages"
 
 
-MARCHED = 32
+FEW = 32
 """Channels of images that `conv_march` reads and returns, at most."""
 
 _BESIDE = 2048
@@ -188,7 +188,7 @@ class Product(NamedTuple):
     def marches(self) -> bool:
         """Whether `conv_march` covers it: three taps along D and W, one or three along H, without a
         stride, of two or three axes, in 16 bits, of few channels."""
-        few = self.shape[1] <= MARCHED and self.channels <= MARCHED
+        few = self.shape[1] <= FEW and self.channels <= FEW
         return (
             few and self.name != "conv_wgrad" and self.dtype.itemsize == 2
             and len(self.taps) in (2, 3) and self.taps[0] == self.taps[-1] == 3
@@ -279,7 +279,8 @@ def declined(asked: Iterable[Pass | Product], device: torch.device) -> dict[str,
         if gpu is not None and isinstance(what, Product) and what.marches:
             why = why_no_march(what, gpu.capability)
             if why is not None:
-                found[f"{MARCH_PLANS[0]}, of {what.shape[1]} to {what.channels} channels"] = why
+                of = f"{what.name} of {what.shape[1]} to {what.channels} channels"
+                found[f"{MARCH_PLANS[0]}, {of}"] = why
     return found
 
 
@@ -305,7 +306,7 @@ def _why_not_compiled(high: int, channels: int, results: int) -> str | None:
         march = importlib.import_module("cassetta.kernels.conv_march")
         wrong = march.compiled(high, channels, results).excess
     except Exception as error:  # whatever a compiler raises
-        wrong = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+        wrong = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
     return wrong and f"triton {triton.__version__} does not compile it well ({wrong})"
 
 

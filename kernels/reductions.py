@@ -102,14 +102,15 @@ def _combine_kernel(
         m2s = tl.load(m2_ptr + at, mask=inside, other=0.0)
         counts = tl.load(count_ptr + k, mask=k < end, other=0.0)[:, None]
         here = tl.sum(counts)
-        middle = tl.sum(means * counts, 0) / here
+        # (a march along D leaves chunks without voxels, which weigh nothing)
+        middle = tl.sum(means * counts, 0) / tl.maximum(here, 1.0)
         apart = means - middle[None, :]
         spread = tl.sum(m2s + tl.where(inside, counts * apart * apart, 0.0), 0)
         delta = middle - mean
-        both = count + here
+        both = tl.maximum(count + here, 1.0)
         mean += delta * (here / both)
         m2 += spread + delta * (delta * (count * here / both))
-        count = both
+        count += here
         start += BLOCK_V
     if LAST:
         m2 = m2 / count  # the variance

@@ -128,6 +128,31 @@ def test_a_march_feeds_tensor_cores_by_16_bytes():
     assert out.splitlines() == [row, row]
 
 
+@pytest.mark.parametrize("channels", [5, 21, 30])
+def test_no_register_of_a_march_is_set_while_a_product_reads_it(channels):
+    """By the machine code: the operands in registers of all that runs, up to the wait."""
+    out = run(f"""{convolved(90, channels, "MarchPlan()")}
+    if "march" not in name:
+        continue
+    code = aot.told(built.asm["cubin"], "-sass")
+    code = re.findall(r"/\\*[0-9a-f]{{4,}}\\*/\\s+(?:@!?U?P\\w+ )?(.*?);", code)
+    read, products, faults = set(), 0, []
+    for line in code:
+        if product := re.match(r"HGMMA\\S* R\\d+, R(\\d+)\\b", line):
+            read |= {{*range(int(product[1]), int(product[1]) + 4)}}
+            products += 1
+        elif "WARPGROUP.DEPBAR" in line:
+            read = set()
+        elif not re.match(r"ST|LDGSTS|BAR|BRA|R2UR", line):
+            target = re.match(r"\\S+ (?:P\\d, )?R(\\d+)", line)
+            wide = 4 if ".128" in line or "M88.4" in line else 2 if ".64" in line else 1
+            if target and read & {{*range(int(target[1]), int(target[1]) + wide)}}:
+                faults.append(line)
+    print(products > 0, faults)
+""")
+    assert out.splitlines() == ["True []"] * 2
+
+
 @pytest.mark.parametrize("channels", [21, 64])
 def test_boxes_are_copied_as_a_whole(channels):
     """Images, five axes of them, and weights go to tensor cores by copies of boxes (TMA) alone."""

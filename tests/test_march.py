@@ -135,6 +135,34 @@ def test_offsets_beyond_31_bits(kernels, marches, monkeypatch):
     assert_right(drawn(kernels, torch.bfloat16, 21, 21, (5, 4, 20), geometry_of(3, 2), samples=2))
 
 
+def test_parts_without_voxels_weigh_nothing(kernels, marches):
+    """Of two lattices along D, the shorter has a last part without planes: 64 tiles, a whole block
+    of the stage that combines them."""
+    x = torch.randn(1, 5, 37, 64, 64)
+    w = torch.randn(8, 5, 3, 3, 3) / 12
+    x, w = x.to(kernels, torch.bfloat16), w.to(kernels, torch.bfloat16)
+    y, mean, var = dispatch.passes(x).conv_fprop(
+        x, NOTHING, w, None, geometry_of(3, 2), moments_of=Activation()
+    )
+    (config,) = marches
+    longest, shorter = 19, 18
+    assert (config.parts - 1) * config.part >= shorter > (config.parts - 2) * config.part
+    assert config.parts * config.part >= longest
+    assert config.tiles >= 64
+    stored = y.double().flatten(2)
+    torch.testing.assert_close(mean.double(), stored.mean(2), rtol=0, atol=1e-6)
+    torch.testing.assert_close(var.double(), stored.var(2, correction=0), rtol=1e-5, atol=0)
+
+
+def test_an_image_without_voxels_is_gathered(hopper):
+    same, device = geometry_of(3, 1), torch.device("meta")
+    steps = walk((1, 5, 5), (3, 3, 3), same)
+    empty = steps._replace(out=(0, 5, 5))
+    with plans.use_plan(MarchPlan()):
+        assert lines.march(product(), 1, empty, 21, 24, device) is None
+        assert lines.march(product(), 0, steps, 21, 24, device) is None
+
+
 def test_moments_are_of_what_is_stored(kernels, marches):
     """Near 700, values are rounded to halves; and a constant channel has no variance."""
     x, w = torch.randn(1, 8, 30, 6, 40), torch.randn(16, 8, 3, 3, 3) / 20
@@ -315,9 +343,9 @@ def test_a_gradient_goes_the_other_way(hopper, monkeypatch):
 def test_explain_tells_where_it_is_not_offered(hopper, monkeypatch):
     monkeypatch.setattr(plans, "_why_not_compiled", lambda *given: "triton 3.9 does not")
     found = plans.declined([product(), product(dtype=torch.float32)], torch.device("cuda"))
-    assert found == {f"{MarchPlan()}, of 21 to 21 channels": "triton 3.9 does not"}
+    assert found == {f"{MarchPlan()}, conv_fprop of 21 to 21 channels": "triton 3.9 does not"}
     shown = str(Explanation([], {}, found))
-    assert "not offered: a march along D, 64 places, of 21 to 21 channels (triton 3.9" in shown
+    assert "not offered: a march along D, 64 places, conv_fprop of 21 to 21 channels" in shown
     monkeypatch.setattr(plans, "_why_not_compiled", lambda *given: None)
     assert plans.declined([product()], torch.device("cuda")) == {}
 

@@ -161,9 +161,8 @@ def choose_for(
 
     `what` tells what it does, if a table is looked into, or somebody listens; `conv` convolves.
     """
-    taps, product = 0, None
-    if isinstance(conv, Conv):
-        taps = math.prod(conv.kernel_size)
+    taps, product = math.prod(conv.kernel_size) if isinstance(conv, Conv) else 0, None
+    if isinstance(conv, Conv) and len(x.parts) == 1:  # (of two images, none marches)
         product = lambda: conv.product(x.shape, _rounded(x.image) or x.image.dtype)  # noqa: E731
     use = dispatch.Use(taps, x.parts[0].is_last, _is_training(), product)
     choice = dispatch.choose(x.image, why, lambda: key(what(), x), lacks, use)
