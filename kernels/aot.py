@@ -167,8 +167,8 @@ def _check_convolutions(arch: int, dtype: torch.dtype, n: int) -> Iterator[Repor
 
 
 def _check_marches(arch: int, dtype: torch.dtype) -> Iterator[Report]:
-    """Convolutions that march along D, where they do: with moments, with an epilogue, and the
-    gradient of the image."""
+    """Compile convolutions that march along D, where they do: with moments, with an epilogue, and
+    the gradient of the image."""
     fprop, dgrad = (ops.PASSES[name].launched() for name in ("conv_fprop", "conv_dgrad"))
     for n, (channels, more) in enumerate(_MARCHED):
         one = _words(dtype, channels, _HEAVIEST[n % 2], full=True, wide=n % 3 == 2)

@@ -11,7 +11,7 @@ from torch import Tensor
 from cassetta.kernels import boxes, layout, plans, precision
 from cassetta.kernels.boxes import NO_BOX, Box
 from cassetta.kernels.geometry import Walk
-from cassetta.kernels.plans import MarchPlan, Pass, Plan, Product
+from cassetta.kernels.plans import GemmPlan, Pass, Plan, Product
 from cassetta.kernels.types import Geometry
 
 REGISTERS = 250
@@ -151,19 +151,16 @@ def of(name: str, x: Tensor, strides: tuple[int, int, int], reduce: bool) -> Con
 
 
 def gemm(
-    product: Product, samples: int, size: tuple[int, int, int], device: torch.device, heavy: bool,
-    readable: Callable[[], bool],
+    plan: GemmPlan, product: Product, samples: int, size: tuple[int, int, int],
+    device: torch.device, heavy: bool, readable: Callable[[], bool],
 ) -> GemmConfig:  # fmt: skip
-    """The launch of a product whose rows are the voxels of so many images of this size.
+    """The launch by this plan of a product whose rows are the voxels of images of this size.
 
     `heavy` if much is fused with it; `readable` tells whether its operands can be read in boxes.
     """
     k, c = product.channels, product.shape[1]
     if product.name == "conv_dgrad":
         k, c = c, k
-    plan = plans.chosen(product, device)
-    if isinstance(plan, MarchPlan):  # which does not cover this launch (`conv_fprop.run`)
-        plan = plans.GEMM_PLANS[0]
     block_n = max(16, min(_power(k), plan.block_n))
     block_k = max(16, min(_power(c), plan.block_k))
     exact = precision.of(product.dtype) == "ieee"

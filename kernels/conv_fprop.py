@@ -15,6 +15,7 @@ is their size. 2 N |Y| K C T operations; x is read T times, mostly from the L2 c
 
 import importlib
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -23,13 +24,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cassetta.kernels import boxes, configs, layout, lines, precision, reductions, tile
+from cassetta.kernels import boxes, configs, layout, lines, plans, precision, reductions, tile
 from cassetta.kernels.boxes import NO_BOX
 from cassetta.kernels.configs import GemmConfig
 from cassetta.kernels.geometry import Walk, along_depth, lifted, walk
 from cassetta.kernels.lines import MarchConfig
 from cassetta.kernels.operands import added, voxel_steps
-from cassetta.kernels.plans import Product
+from cassetta.kernels.plans import MarchPlan, Product
 from cassetta.kernels.types import NOTHING, Activation, Geometry, Prologue
 
 _SIZES = [
@@ -273,22 +274,23 @@ def run(
     """
     (n, c), k = x.shape[:2], y.shape[1]
     b = None if b is None else b.contiguous()
-    if product.marches and x2 is None and p.is_identity() and (image is None or centre is not None):
-        deep, step = along_depth(steps), max(voxel_steps(x)[1], voxel_steps(y)[1])
-        march = lines.march(product, n, deep, k, step, x.device)
-        if march is not None:
-            return _marched(march, x, w, b, y, deep, epilogue, image, moments_of, centre, after)
+    plain = x2 is None and p.is_identity() and (image is None or centre is not None)
+    marches, deep = plain and product.marches, along_depth(steps)
+    if marches:
+        marches = lines.are_covered(n, deep, max(voxel_steps(x)[1], voxel_steps(y)[1]))
+    plan = plans.chosen(product, x.device, marches)
+    if isinstance(plan, MarchPlan):
+        march = lines.marching(plan, n, deep, k)
+        return _marched(march, x, w, b, y, deep, epilogue, image, moments_of, centre, after)
     taps = steps.taps[0] * steps.taps[1] * steps.taps[2]
     outs, taps = (taps, 1) if scatter else (1, taps)
     heavy = image is not None or not p.is_identity() or not epilogue.is_identity()
     heavy |= moments_of is not None and moments_of.name not in ("identity", "relu", "leaky_relu")
     readable = partial(_are_readable, x, x2, w, w2)
-    config = configs.gemm(product, n * outs, steps.out, x.device, heavy, readable)
+    config = configs.gemm(plan, product, n * outs, steps.out, x.device, heavy, readable)
     chunks, tables = outs * config.tiles, {"dtype": torch.float32, "device": x.device}
     sums = None if centre is None else torch.empty(2, n, chunks, k, **tables)
-    parts: Any = (None, None, None)
-    if moments_of is not None:
-        parts = reductions.partial(n, chunks, k, x.device)
+    parts = _parts(moments_of, n, chunks, k, x.device)
     r_strides = (0, 0, 0)
     if image is not None:
         image, r_strides = tile.strided(image)
@@ -327,13 +329,24 @@ def _marched(
     """March along D. The sums that a centre asks for are a pass of their own, then."""
     march = importlib.import_module("cassetta.kernels.conv_march")  # Gluon is not in every triton
     if image is None:
-        return _moments(x, march.run(config, x, w, b, y, steps, epilogue, moments_of))
-    march.run(config, x, w, b, y, steps, NOTHING, None)
+        parts = _parts(moments_of, x.shape[0], config.chunks, y.shape[1], x.device)
+        march.run(config, x, w, b, y, steps, epilogue, moments_of, parts)
+        return _moments(x, parts)
+    march.run(config, x, w, b, y, steps)
     sums = reductions.prologue_sums(y, image, epilogue, centre, None, after)
     return sums[:2], sums.new_empty(0)
 
 
-def _moments(x: Tensor, parts: Any) -> tuple[Tensor, Tensor]:
+def _parts(
+    moments_of: Activation | None, n: int, chunks: int, k: int, device: torch.device
+) -> Sequence[Any]:
+    """Allocate the moments of chunks, if they are asked for."""
+    if moments_of is None:
+        return reductions.NO_PARTS
+    return reductions.partial(n, chunks, k, device)
+
+
+def _moments(x: Tensor, parts: Sequence[Any]) -> tuple[Tensor, Tensor]:
     """Combine moments of parts; if there are none, return two tables without entries."""
     if parts[0] is None:
         return x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)

@@ -126,25 +126,20 @@ def _conv_march_kernel(
 
 def run(
     config: MarchConfig, x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, steps: Walk,
-    epilogue: Prologue, moments_of: Activation | None,
-) -> list[Any]:  # fmt: skip
-    """Start the kernel: y = x * w over `steps`, w (T, C, K) in whole words.
-
-    Returns the parts of the moments, if they are asked for.
-    """
-    parts: list[Any] = [None, None, None]
-    if moments_of is not None:
-        parts = reductions.partial(x.shape[0], config.chunks, y.shape[1], x.device)
-    arguments, constants = _call(config, x, w, b, y, steps, epilogue, parts, moments_of)
+    epilogue: Prologue = NOTHING, moments_of: Activation | None = None,
+    parts: Sequence[Any] = reductions.NO_PARTS,
+) -> None:  # fmt: skip
+    """Start the kernel: y = x * w over `steps`, w (T, C, K) in whole words; and, as `parts`, the
+    moments of each chunk."""
+    arguments, constants = _call(config, x, w, b, y, steps, epilogue, moments_of, parts)
     tile.launch(_conv_march_kernel, x, config, *arguments, **constants)
-    return parts
 
 
 def _call(
     config: MarchConfig, x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, steps: Walk,
-    epilogue: Prologue, parts: Sequence[Any], moments_of: Activation | None,
+    epilogue: Prologue, moments_of: Activation | None, parts: Sequence[Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:  # fmt: skip
-    """What the kernel is called with."""
+    """Return the arguments and the constants that the kernel is called with."""
     e1, f1, act, slope, e2, f2 = epilogue
     m_act = moments_of or Activation()
     inp, out, size, _, before, dilation = steps
@@ -165,7 +160,7 @@ def _call(
 
 
 def _halves(n: int, least: int) -> tuple[int, int]:
-    """A number as the power of two that is not above it, and one that holds what is left, or 0."""
+    """Return the power of two that is not above n, and one that holds what is left, or 0."""
     first = max(least, 1 << (n.bit_length() - 1))
     rest = n - first
     return first, 0 if rest <= 0 else max(least, 1 << (rest - 1).bit_length())
@@ -186,7 +181,7 @@ def compiled(high: int, channels: int, results: int) -> aot.Report:
     w = torch.empty(9 * high, channels, results, dtype=torch.bfloat16, device="meta")
     config = lines.marching(plans.MarchPlan(), 1, steps, results)
     parts = reductions.partial(1, config.chunks, results, x.device)
-    arguments, constants = _call(config, x, w, w, y, steps, NOTHING, parts, Activation("relu"))
+    arguments, constants = _call(config, x, w, w, y, steps, NOTHING, Activation("relu"), parts)
     constants |= {"GUARD": True} | config.blocks
     built = aot.compiled(_conv_march_kernel, arguments, constants, config.options, 90)
     return aot.report_of("conv_march", "", 90, built)

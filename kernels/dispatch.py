@@ -45,16 +45,13 @@ a step of a block of 32 channels with instance norm takes 1.6 ms, and plain PyTo
 image has 2^24 elements; 1.4 and 1.2 ms where it has 2^22.8."""
 
 ODD, ODD_ON = "gemm", (9, 0)
-"""The engine, and on which compute capability, of training on images whose channels are last and
-fill no words of 16 bytes, by convolutions of 27 taps or more. On an H200 (bench/results) a step of
-MeshNet, 21 channels, takes 420 ms by it, 472 by `DEFAULT`, and 455 in plain PyTorch; a single block
-without dilation 38.8, 38.2 and 99.6."""
+"""The engine, and on which compute capability, of images whose channels fill no words of 16 bytes,
+by convolutions of 27 taps or more: in training where channels are last; and where `conv_march`
+covers them, whatever the use and the layout.
 
-MARCHED = 27
-"""Taps of convolutions that our own engine runs on compute capability 9.0, in training or not, of
-images whose channels fill no words, where `conv_march` covers them. On an H200 (bench/results:
-prototypes.json), 21 channels, 256^3: its prototype takes 2.2 ms forward, cuDNN 9.8. Itself has not
-been measured."""
+On an H200 (bench/results) a step of MeshNet, 21 channels, takes 420 ms by it, 472 by `DEFAULT`, and
+455 in plain PyTorch; a single block without dilation 38.8, 38.2 and 99.6. That was without marches:
+the prototype of one takes 2.2 ms forward, 256^3, and cuDNN 9.8. Itself has not been measured."""
 
 OLDEST = (8, 0)
 """The compute capability that a GPU needs at least: that of its tensor cores, and of `cp.async`."""
@@ -187,7 +184,7 @@ def choose(
     if found is not None:
         return found
     found = _by_rule(x)
-    is_odd = use is not None and found.engine == DEFAULT and (_is_odd(x, use) or _marches(x, use))
+    is_odd = use is not None and found.engine == DEFAULT and _is_odd(x, use)
     return Choice(ODD, *found[1:]) if is_odd and lacks.get(ODD, "") is None else found
 
 
@@ -220,18 +217,19 @@ def _by_rule(x: Tensor) -> Choice:
 
 def _is_odd(x: Tensor, use: Use) -> bool:
     """Tell whether the rule of `ODD` applies."""
-    asked = use.training and use.is_last and use.taps >= 27 and x.shape[1] % layout.WORD > 0
-    return asked and machine.is_gpu(x.device) and machine.capability(x.device) == ODD_ON
-
-
-def _marches(x: Tensor, use: Use) -> bool:
-    """Tell whether the rule of `MARCHED` applies; a tracer cannot compile, which that asks for."""
-    asked = use.product is not None and use.taps == MARCHED and x.shape[1] % layout.WORD > 0
-    if not asked or torch.compiler.is_compiling() or not machine.is_gpu(x.device):
+    if use.taps < 27 or not x.shape[1] % layout.WORD or not machine.is_gpu(x.device):
         return False
-    product, capability = use.product(), machine.capability(x.device)
-    on_it = capability == ODD_ON and product.marches
-    return on_it and plans.why_no_march(product, capability) is None
+    is_trained = use.training and use.is_last
+    return machine.capability(x.device) == ODD_ON and (is_trained or _marches(use))
+
+
+def _marches(use: Use) -> bool:
+    """Tell whether `conv_march` covers a convolution, on `ODD_ON`; to a tracer, which cannot
+    compile, as that takes, it does not."""
+    if use.product is None or torch.compiler.is_compiling():
+        return False
+    product = use.product()
+    return product.marches and plans.why_no_march(product, ODD_ON) is None
 
 
 def why_no_triton() -> str | None:

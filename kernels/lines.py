@@ -4,12 +4,10 @@ import functools
 import math
 from typing import NamedTuple
 
-import torch
-
-from cassetta.kernels import layout, plans
+from cassetta.kernels import layout
 from cassetta.kernels.configs import PROGRAMS
 from cassetta.kernels.geometry import Walk
-from cassetta.kernels.plans import MarchPlan, Product
+from cassetta.kernels.plans import MarchPlan
 
 
 class MarchConfig(NamedTuple):
@@ -51,23 +49,18 @@ PLANES = 96
 """That a program marches through at most; it reads two more, and its neighbours these, too."""
 
 
-def march(
-    product: Product, samples: int, steps: Walk, channels: int, step: int, device: torch.device
-) -> MarchConfig | None:
-    """The launch of a march along D that returns so many channels; None if it is not to be one.
-
-    `steps` as `geometry.along_depth` returns them; `step` elements, at most, part two voxels.
-    """
-    plan = plans.chosen(product, device)
+def are_covered(samples: int, steps: Walk, step: int) -> bool:
+    """Tell whether a march covers so many images: there are voxels, and offsets in a plane, where
+    at most `step` elements part two voxels, have 31 bits."""
     planes = (math.prod(size[1:]) for size in (steps.inp, steps.out))
-    is_empty = not samples * math.prod(steps.out)
-    if not isinstance(plan, MarchPlan) or is_empty or max(planes) * step >= 2**31 - 2**24:
-        return None  # (in a plane, offsets have 31 bits)
-    return marching(plan, samples, steps, channels)
+    return samples * math.prod(steps.out) > 0 and max(planes) * step < 2**31 - 2**24
 
 
 def marching(plan: MarchPlan, samples: int, steps: Walk, channels: int) -> MarchConfig:
-    """The launch of a march by this plan."""
+    """Return the launch, by this plan, of a march that returns so many channels.
+
+    `steps` as `geometry.along_depth` returns them.
+    """
     (_, _, wide), (deep, high, across), far = steps.inp, steps.out, steps.dilation
     phases, shift, low, length, places, splits = cut(
         high, wide, across, steps.before[2], far[2], plan.block_m

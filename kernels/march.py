@@ -19,13 +19,14 @@ copied = getattr(async_copy, "async_load", None) or async_copy.async_copy_global
 
 @gluon.constexpr_function
 def words(columns, warps):
-    """A layout of loads and copies: 8 channels of a lane, lanes along the channels first."""
+    """Return a layout of loads and copies: a lane has 8 channels, and the next lane the next 8."""
     across = min(columns // 8, 32)
     return gl.BlockedLayout([1, 8], [32 // across, across], [warps, 1], [1, 0])
 
 
 @gluon.jit
 def _room(dtype: gl.constexpr, many: gl.constexpr, rows: gl.constexpr, columns: gl.constexpr):
+    """Allocate shared memory for so many operands of a product."""
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)
     return gl.allocate_shared_memory(dtype, [many, rows, columns], layout)
 
@@ -35,7 +36,7 @@ def _weights(
     w_ptr, row: gl.constexpr, column: gl.constexpr, T1: gl.constexpr, CP: gl.constexpr,
     KP: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, TURNED: gl.constexpr,
 ):  # fmt: skip
-    """Weights in shared memory, for each t0: rows (t1, c) and columns (t2, k), from these on.
+    """Copy weights to shared memory, for each t0: rows (t1, c) and columns (t2, k), from these on.
 
     Columns are of the taps before, after, and in the middle, which is where two products share
     them. TURNED, they are stored as rows: of 8 columns, wgmma wants them so.
@@ -65,7 +66,8 @@ def _weights(
 def _voxels(
     index, b2, d2, Y1, Y2, walk, M: gl.constexpr, BOX2: gl.constexpr, layout: gl.constexpr
 ):  # fmt: skip
-    """Of a tile: voxels of the result along H and W, the lane of each, and whether it is its own.
+    """Return, of each row of a tile, its voxel of the result along H and along W, its lane, and
+    whether the voxel is the tile's own.
 
     A tile is lines of BOX2 places along W, which are `phases` voxels apart. A line that is longer
     is split, and its pieces overlap by what is shifted.
@@ -86,7 +88,7 @@ def operand(
     T1: gl.constexpr, CP: gl.constexpr, KP: gl.constexpr, M: gl.constexpr, BOX2: gl.constexpr,
     DEEP: gl.constexpr, NP: gl.constexpr,
 ):  # fmt: skip
-    """The operand of the depth (t1, c) from `row` on."""
+    """Return the operand of the depth (t1, c) from `row` on, with its weights copied."""
     layout: gl.constexpr = words(DEEP, gl.num_warps())
     room = _room(x_ptr.dtype.element_ty, 3, M, DEEP)
     w = _weights(w_ptr, row, 0, T1, CP, KP, DEEP, 2 * NP, False)
@@ -173,7 +175,7 @@ def awaited(ring, held, sums, KP: gl.constexpr, BOX2: gl.constexpr):
 
 @gluon.jit
 def no_sums(M: gl.constexpr, NA: gl.constexpr, NB: gl.constexpr):
-    """Accumulators of three planes, for both products, of nothing; and such a middle."""
+    """Return accumulators of zeros, of three planes for both products; and such a middle."""
     of_o: gl.constexpr = accumulator(NA, gl.num_warps())
     of_m: gl.constexpr = accumulator(NB, gl.num_warps())
     o, m = gl.zeros([M, NA], gl.float32, of_o), gl.zeros([M, NB], gl.float32, of_m)
@@ -208,14 +210,14 @@ def finish(
 
 @gluon.jit
 def _by_thread(values):
-    """The rows (M, N) of a tile, as (M / 64, 4, 2, 8, N): a thread has those along axes 0 and 2."""
+    """Split the rows of a tile (M, N), (M / 64, 4, 2, 8, N): a thread has those along axes 0, 2."""
     M: gl.constexpr = values.shape[0]
     return gl.reshape(values, [M // 64, 4, 2, 8, values.shape[1]])
 
 
 @gluon.jit
 def _added(values):
-    """Their sum in each thread, (4, 8, N)."""
+    """Add up the rows that each thread has: (4, 8, N)."""
     return gl.sum(gl.sum(values, 2), 0)
 
 
@@ -223,8 +225,8 @@ def _added(values):
 def slab(
     index, b2, d2, Y1, Y2, walk, M: gl.constexpr, BOX2: gl.constexpr, N: gl.constexpr
 ):  # fmt: skip
-    """Of N channels of a tile: lanes (M,); which voxels are its own, by thread; and no sums yet,
-    which are a centre, the sum of what is beyond it, and of its square."""
+    """Return, for N channels of a tile, the lanes of its rows (M,); which voxels are its own, by
+    thread; and sums of nothing: a centre, the sum of distances from it, and of their squares."""
     layout: gl.constexpr = accumulator(N, gl.num_warps())
     _, _, lane, mine = _voxels(index, b2, d2, Y1, Y2, walk, M, BOX2, layout)
     k = gl.arange(0, N, layout=gl.SliceLayout(0, layout))
@@ -256,7 +258,8 @@ def summed(
 def leave_moments(
     mine, sums, planes, K, outs, k0: gl.constexpr, N: gl.constexpr
 ):  # fmt: skip
-    """As `conv_fprop` does, from sums of each thread about a centre of its own (Chan et al.)."""
+    """Store the moments of a chunk, as `conv_fprop` does. Threads have sums about centres of their
+    own; they are combined as Chan, Golub and LeVeque do (1983)."""
     centre, sum1, sum2 = sums
     mean_out, m2_out, count_out, is_first, alone = outs
     count = _added(mine.to(gl.float32)) * planes
@@ -280,6 +283,7 @@ def leave_moments(
 
 @gluon.jit
 def _of_rows(values):
+    """Add up what all threads have: (N,)."""
     return gl.sum(gl.sum(values, 0), 0)
 
 
@@ -288,7 +292,7 @@ def result(
     y_ptr, index, b2, d2, Y1, Y2, y_step, walk, M: gl.constexpr, BOX2: gl.constexpr,
     NP: gl.constexpr, KP: gl.constexpr,
 ):  # fmt: skip
-    """Room for a tile of a plane of the result, where it is, and whether it is there."""
+    """Return room for a tile of a plane of the result, where it is stored, and whether it is."""
     out = _room(y_ptr.dtype.element_ty, 1, M, NP).index(0)
     layout: gl.constexpr = words(NP, gl.num_warps())
     y1, y2, _, mine = _voxels(index, b2, d2, Y1, Y2, walk, M, BOX2, layout)
@@ -298,7 +302,7 @@ def result(
 
 @gluon.jit
 def kept_bias(b_ptr, K):
-    """A bias in shared memory, in float32, with zeros after it."""
+    """Copy a bias to shared memory, in float32, followed by zeros."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     k = gl.arange(0, 32, layout=layout)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])

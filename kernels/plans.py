@@ -176,13 +176,11 @@ class Product(NamedTuple):
         return "weights" if self.name == "conv_wgrad" else "image"
 
     @property
-    def plans(self) -> tuple[GemmPlan | MarchPlan, ...] | tuple[WgradPlan, ...]:
-        """The plans that may run it, the first by rule."""
+    def plans(self) -> tuple[GemmPlan, ...] | tuple[WgradPlan, ...]:
+        """The plans that may run it, beside a march, the first by rule."""
         if self.name == "conv_wgrad":
             return WGRAD_PLANS if self.dtype.itemsize == 2 else _WGRAD_PLANS_32
-        if self.dtype.itemsize > 2:
-            return _GEMM_PLANS_32
-        return (*GEMM_PLANS, *MARCH_PLANS) if self.marches else GEMM_PLANS
+        return GEMM_PLANS if self.dtype.itemsize == 2 else _GEMM_PLANS_32
 
     @property
     def marches(self) -> bool:
@@ -210,12 +208,15 @@ _forced: dict[str, Any] = {}
 _asked: dict[str, Pass | Product] | None = None
 
 
-def chosen(what: Pass | Product, device: torch.device) -> Any:
-    """The plan that was the fastest by measurement; the first where none was measured."""
+def chosen(what: Pass | Product, device: torch.device, marches: bool = False) -> Any:
+    """The plan that was the fastest by measurement; the first where none was measured.
+
+    `marches` tells whether `conv_march` covers the launch.
+    """
     forced = _forced.get(what.of) if _forced else None
-    if forced is not None and (not isinstance(forced, MarchPlan) or what.marches):
+    if forced is not None and (marches or not isinstance(forced, MarchPlan)):
         return forced
-    found = what.plans if isinstance(what, Pass) else fitting(what, device)
+    found = what.plans if isinstance(what, Pass) else fitting(what, device, marches)
     if device.type == "meta":
         return found[0]
     if _asked is not None:
@@ -231,19 +232,21 @@ def candidates(what: Pass | Product, device: torch.device) -> list[Any]:
     if isinstance(what, Pass):
         return list(what.plans)
     boxed = what.reads_boxes and boxes.are_copied(device)
-    return [plan for plan in fitting(what, device) if boxed or not plan.boxes]
+    return [plan for plan in fitting(what, device, what.marches) if boxed or not plan.boxes]
 
 
-def fitting(what: Product, device: torch.device) -> tuple[Any, ...]:
-    """List the plans that a device can run well, the default first.
+def fitting(what: Product, device: torch.device, marches: bool) -> tuple[Any, ...]:
+    """List the plans that a device can run well, the default first: where it `marches`, a march
+    along D, which reads the least. (A CPU has none: no Gluon is interpreted.)
 
     GeForce GPUs, A10, L4 and the like have 99 KB for a program, A100 163, H100 and B200 227.
     """
     gpu = machine.known(device)
     if gpu is None or not gpu.shared:
-        return _gathering(what.plans)
+        return what.plans
     found = offered(what.plans, what.dtype.itemsize, gpu.shared, gpu.capability)
-    return found if not what.marches else _marching(what, found, gpu.capability)
+    marches = marches and why_no_march(what, gpu.capability) is None
+    return (*MARCH_PLANS, *found) if marches else found
 
 
 @functools.cache
@@ -257,18 +260,6 @@ def offered(
         plan for plan in plans
         if plan.shared(itemsize) <= shared and not (narrow and plan.is_wide)
     )  # fmt: skip
-
-
-def _marching(what: Product, found: tuple[Any, ...], capability: tuple[int, int]) -> Any:
-    """The same plans, a march along D first, which reads the least; or without it."""
-    others = _gathering(found)
-    return others if why_no_march(what, capability) else (*MARCH_PLANS, *others)
-
-
-@functools.cache
-def _gathering(found: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Those of these plans that do not march, as none does on a CPU: no Gluon is interpreted."""
-    return tuple(plan for plan in found if not isinstance(plan, MarchPlan))
 
 
 def declined(asked: Iterable[Pass | Product], device: torch.device) -> dict[str, str]:

@@ -150,6 +150,10 @@ def combine(means: Tensor, m2s: Tensor, counts: Tensor, norm: Any = _NO_NORM) ->
     return None if norm is not _NO_NORM else Moments(parts[0][:, 0], parts[1][:, 0])
 
 
+NO_PARTS = (None, None, None)
+"""In their place, where nobody asks for moments."""
+
+
 def partial(n: int, chunks: int, c: int, device: torch.device) -> list[Tensor]:
     """Room for the means, squared deviations (n, chunks, c) and sizes (chunks,) of chunks."""
     shapes = ((n, chunks, c), (n, chunks, c), (chunks,))

@@ -29,15 +29,15 @@ _viewed.__triton_builtin__ = True  # type: ignore[attr-defined]
 
 @gluon.constexpr_function
 def accumulator(columns, warps):
-    """A layout of accumulators: 4 warps along the rows of a tile, others along its columns."""
+    """Return a layout of accumulators: 4 warps along the rows of a tile, others along columns."""
     groups = warps // 4
     return gl.NVMMADistributedLayout([3, 0], [4, groups], [16, columns // groups, 16])
 
 
 @gluon.constexpr_function
 def _cells(rows, columns):
-    """Cells of 8 columns, those of a group of columns a place apart: a shift is a distance, and
-    neither stores from accumulators nor loads meet a bank twice."""
+    """Return a layout of shared memory in cells of 8 columns, in which the next row is the next
+    cell: a shift is a distance, and neither stores of accumulators nor loads meet a bank twice."""
     bases = [[0, 1], [0, 2], [0, 4]]
     bases += [[1 << n, 0] for n in range(rows.bit_length() - 1)]
     bases += [[0, 1 << n] for n in range(3, columns.bit_length() - 1)]
@@ -46,7 +46,10 @@ def _cells(rows, columns):
 
 @gluon.jit
 def allocated(M: gl.constexpr, COLUMNS: gl.constexpr, AROUND: gl.constexpr):
-    """A ring of M places of so many columns, (places, 1, 8). What is AROUND is read, not used."""
+    """Allocate a ring of M places of so many columns, (places, 1, 8).
+
+    Places AROUND it are read, and what is read there is not used.
+    """
     places: gl.constexpr = COLUMNS // 8 * M + 2 * AROUND
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     return gl.allocate_shared_memory(gl.float32, [places, 1, 8], flat)
@@ -56,7 +59,7 @@ def allocated(M: gl.constexpr, COLUMNS: gl.constexpr, AROUND: gl.constexpr):
 def _view(
     ring, place, by, M: gl.constexpr, N: gl.constexpr, BY: gl.constexpr
 ):  # fmt: skip
-    """A tile (M, N) of the ring, from a place on: `by`, or BY, places on from there."""
+    """Return a view of a tile (M, N) of the ring, `by`, or BY, places on from this one."""
     if SLICES:  # noqa: SIM108 (of a conditional expression, both sides would be compiled)
         view = ring.slice(place + BY, N // 8 * M)
     else:

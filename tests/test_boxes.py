@@ -158,16 +158,21 @@ def gpu(monkeypatch):
     return become
 
 
+def gemm_of(product, device, readable):
+    plan = plans.chosen(product, device)
+    return configs.gemm(plan, product, 1, (1, 1, 64), device, False, readable)
+
+
 def test_who_copies_boxes(gpu):
     device = gpu(8, 9)
     assert not boxes.are_copied(device)
     product = plans.Product("conv_fprop", (1, 8, 64), 8, (3,), UNIT, torch.float16)
     assert not any(plan.boxes for plan in plans.candidates(product, device))
     with plans.use_plan(plans.GemmPlan(boxes=True)):
-        gathered = configs.gemm(product, 1, (1, 1, 64), device, False, lambda: True)
+        gathered = gemm_of(product, device, lambda: True)
         gpu(9, 0)
-        boxed = configs.gemm(product, 1, (1, 1, 64), device, False, lambda: True)
-        scattered = configs.gemm(product, 1, (1, 1, 64), device, False, lambda: False)
+        boxed = gemm_of(product, device, lambda: True)
+        scattered = gemm_of(product, device, lambda: False)
     assert gathered.box == scattered.box == boxes.NO_BOX
     assert boxed.box == (1, 2, 64)
     assert any(plan.boxes for plan in plans.candidates(product, device))
@@ -185,7 +190,7 @@ def test_boxes_are_not_copied_where_triton_is_wrong(gpu, capability):
     product = plans.Product("conv_fprop", (1, 8, 64), 8, (3,), UNIT, torch.float16)
     assert not any(plan.boxes for plan in plans.candidates(product, device))
     with plans.use_plan(plans.GemmPlan(boxes=True)):  # whoever asks for it
-        config = configs.gemm(product, 1, (1, 1, 64), device, False, lambda: True)
+        config = gemm_of(product, device, lambda: True)
     assert config.box == boxes.NO_BOX
 
 

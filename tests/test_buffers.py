@@ -129,6 +129,35 @@ def test_operands_in_registers_are_reported():
     assert buffers.shortages(text.replace("isAsync = true", "inputPrecision = 0 : i32")) == []
 
 
+def in_registers(ahead, pendings, waited="%x"):
+    """A loop whose first operand is in registers, of which its wait is given one value more."""
+    text = loop(ahead, pendings, ahead + pendings).replace(
+        "_dot_wait %d_0,", f"_dot_wait {waited},"
+    )
+    return text.replace(": !ttg.memdesc<32x64xbf16, #s, #smem, mutable> *", ": tensor<> *")
+
+
+def test_operands_in_registers_may_be_awaited():
+    """In the same turn of the loop, by a wait that is given them; then nothing sets them before."""
+    assert buffers.shortages(in_registers(2, 0)) == []
+    for text in in_registers(2, 0, "%other"), in_registers(2, 1):
+        (found,) = buffers.shortages(text)
+        assert found == ("%x", None, 1)
+
+
+def test_what_no_loop_writes_may_be_read_in_each_turn():
+    """As weights that stay: written once, before; but not what a loop writes once more."""
+    kept = loop(1, 0, 1).splitlines()
+    copy = [line for line in kept if "async_copy" in line or "%to_" in line]
+    before, inside = copy[: len(copy) // 2], copy[len(copy) // 2 :]
+    text = "\n".join(line for line in kept if line not in inside)
+    assert all(line in text for line in before)
+    assert buffers.shortages(text) == []
+    assert buffers.walked(text).operands == {"%y"}
+    (found,) = buffers.shortages(loop(2, 0, 1))
+    assert found == ("%y", 1, 2)
+
+
 def test_what_runs_at_once_needs_no_further_buffer():
     text = loop(2, 1, 2).replace("isAsync = true", "inputPrecision = 0 : i32")
     assert buffers.shortages(text) == []

@@ -68,9 +68,13 @@ CASES = {
 }  # fmt: skip
 
 
-def problem(name, dtype, device, pending=False, activation="silu"):
-    """All that the passes work on, drawn after rounding to the dtype."""
-    shape, k, taps, geometry = CASES[name]
+def problem(name, *how, **more):
+    return drawn(CASES[name], *how, **more)
+
+
+def drawn(made, dtype, device, pending=False, activation="silu"):
+    """All that the passes work on in a case, drawn after rounding to the dtype."""
+    shape, k, taps, geometry = made
     n, c, *size = shape
     out = geometry.size_of(size, taps)
     draw = lambda *s: torch.randn(s, dtype=torch.float64).to(device, dtype)  # noqa: E731
@@ -78,7 +82,8 @@ def problem(name, dtype, device, pending=False, activation="silu"):
 
     def transform(c):
         slope = table(c) if activation == "prelu" else None
-        return Prologue(table(c), table(c), Activation(activation), slope, table(c), table(c))
+        act = Activation(activation, 0.2)  # (of a leaky ReLU, the slope)
+        return Prologue(table(c), table(c), act, slope, table(c), table(c))
 
     scale = (c * torch.Size(taps).numel()) ** -0.5
     return {
@@ -123,8 +128,9 @@ def double(value):
     return Prologue(*map(double, value)) if isinstance(value, Prologue) else value
 
 
-def assert_as_good_as_torch(passes, q):
-    """err(ours) <= 2 err(the same formulas in plain torch, same dtype) + slack, against float64."""
+def assert_as_good_as_torch(passes, q, results=results):
+    """Of all `results`, against float64: err(ours) <= 2 err(the same formulas in plain torch) +
+    slack."""
     truth = results(reference, {name: double(value) for name, value in q.items()})
     usual, ours = results(reference, q), results(passes, q)
     for name, expected in truth.items():

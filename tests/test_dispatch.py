@@ -170,7 +170,7 @@ def test_the_rule_for_odd_channels(monkeypatch, gpu):
 
 
 def test_the_rule_for_convolutions_that_march(monkeypatch, gpu):
-    """On 9.0, of odd channels, in training or not, in either layout: if they do (`MARCHED`)."""
+    """On 9.0, of odd channels, in training or not, in either layout: if they do (`ODD`)."""
     monkeypatch.setattr(dispatch, "PLAIN", (Image,))
     monkeypatch.setattr(evidence, "table", lambda device: SimpleNamespace(records={}))
     why: list[str | None] = [None]

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import DEVICE, RUNNER
-from test_convolutions import SLACK, double
+from test_convolutions import assert_as_good_as_torch, case, double, drawn
 from test_pairwise import pairs
 
 from cassetta.explanation import Explanation
-from cassetta.kernels import boxes, configs, dispatch, layout, lines, machine, plans, reference
+from cassetta.kernels import boxes, dispatch, layout, lines, machine, plans, reference
 from cassetta.kernels.geometry import along_depth, walk
 from cassetta.kernels.plans import MarchPlan, Product
-from cassetta.kernels.types import NOTHING, Activation, Geometry, Prologue
+from cassetta.kernels.types import NOTHING, Activation, Geometry
 
 tile = pytest.importorskip("cassetta.kernels.tile")  # where there is no triton
 CHANNELS = (1, 5, 8, 13, 16, 21, 24, 30, 32)
@@ -42,8 +42,21 @@ def marches(request, kernels, monkeypatch):
         yield found
 
 
-def geometry_of(axes, dilation, padding=None):
-    return Geometry((1,) * axes, padding or ((dilation, dilation),) * axes, (dilation,) * axes)
+def geometry_of(axes, dilation):
+    return Geometry((1,) * axes, ((dilation, dilation),) * axes, (dilation,) * axes)
+
+
+def problem(device, dtype, shape, more, dilation=1, taps=None, padding=None, activation="silu"):
+    """What the passes work on, in words; beside channels, there is NaN."""
+    axes = len(shape) - 2
+    made = case(shape, more, taps or (3,) * axes, (dilation,) * axes, padding)
+    q = drawn(made, dtype, device, activation=activation)
+    for name in "x", "g":
+        image = q[name] = layout.in_words(q[name])
+        if layout.is_padded(image):
+            (last,) = image.new_empty(0).set_(image.untyped_storage())[-1:]
+            assert last.isnan()
+    return q
 
 
 def results(passes, q):
@@ -53,40 +66,12 @@ def results(passes, q):
     y, mean, var = passes.conv_fprop(x, NOTHING, w, b, geometry, moments_of=Activation("relu"))
     after, *_ = passes.conv_fprop(x, NOTHING, w, None, geometry, epilogue=q["e"])
     dz, _ = passes.conv_dgrad(g, w, geometry, size)
-    also, sums = passes.conv_dgrad(g, w, geometry, size, x, q["p"], q["centre"], True)
+    also, sums = passes.conv_dgrad(g, w, geometry, size, x, q["of_x"], q["centre"], True)
     return {"y": y, "mean": mean, "var": var, "after": after, "dz": dz, "also": also, "sums": sums}
 
 
-def drawn(device, dtype, channels, more, size, geometry, taps=3, samples=1, activation="silu"):
-    axes = len(size)
-    taps = (taps,) * axes if isinstance(taps, int) else taps
-    out = geometry.size_of(size, taps)
-    draw = lambda *shape: torch.randn(shape).to(device, dtype)  # noqa: E731
-    x = layout.in_words(draw(samples, channels, *size))
-    g = layout.in_words(draw(samples, more, *out))
-    table = lambda c: torch.randn(samples, c).to(device)  # noqa: E731
-    slope = table(more) if activation == "prelu" else None
-    return {
-        "x": x, "g": g, "w": draw(more, channels, *taps) / (channels * 3**axes) ** 0.5,
-        "b": draw(more), "geometry": geometry, "centre": table(channels),
-        "e": Prologue(
-            table(more), table(more), Activation(activation, 0.2), slope, table(more), table(more)
-        ),
-        "p": Prologue(table(channels), table(channels), Activation("gelu")),
-    }  # fmt: skip
-
-
 def assert_right(q):
-    """err(ours) <= 2 err(plain torch in the same dtype) + slack, against float64."""
-    ours, usual = results(dispatch.passes(q["x"]), q), results(reference, q)
-    truth = results(reference, {name: double(value) for name, value in q.items()})
-    for name, exact in truth.items():
-        assert ours[name].stride() == usual[name].stride(), name
-        scale = max(exact.abs().max().item(), 1e-3)
-        off, known = ((one[name].double() - exact).abs().max().item() for one in (ours, usual))
-        allowed = 2 * known + SLACK[q["x"].dtype] * scale
-        assert off <= allowed, f"{name}: {off:.2e} of {scale:.2e}, torch {known:.2e}"
-    return ours
+    assert_as_good_as_torch(dispatch.passes(q["x"]), q, results)
 
 
 @pytest.mark.parametrize(
@@ -95,44 +80,42 @@ def assert_right(q):
     ids=lambda value: str(value),
 )
 def test_pairs(channels, dtype, dilation, size, kernels, marches):
-    """Of odd sizes, so that no tile divides them. What lies beside channels is NaN."""
+    """Of odd sizes, so that no tile divides them."""
     more = CHANNELS[-1 - CHANNELS.index(channels)]  # few to many, and many to few
-    q = drawn(kernels, dtype, channels, more, size, geometry_of(len(size), dilation))
-    assert_right(q)
+    assert_right(problem(kernels, dtype, (1, channels, *size), more, dilation))
     assert len(marches) == 4
 
 
 CASES = {
-    "unpadded": ((2, 21, 7, 6, 20), 16, 3, ((0, 0),) * 3, 2),
-    "padded by hand": ((1, 21, 5, 6, 21), 24, 3, ((2, 0), (0, 3), (3, 0)), 1),
-    "padded far": ((1, 8, 3, 4, 9), 8, 3, ((7, 1), (4, 4), (9, 5)), 2),
-    "no taps along H": ((2, 24, 9, 5, 19), 21, (3, 1, 3), ((1, 1), (0, 0), (1, 1)), 1),
-    "one line": ((1, 13, 40, 1, 33), 13, 3, ((1, 1),) * 3, 1),
-    "one plane": ((3, 21, 1, 12, 33), 21, 3, ((1, 1),) * 3, 1),
-    "many planes": ((1, 5, 220, 2, 9), 5, 3, ((1, 1),) * 3, 1),
-    "a single voxel": ((2, 5, 1, 1, 1), 21, 3, ((1, 1),) * 3, 1),
-    "two axes, unpadded": ((2, 21, 33, 9), 21, 3, ((0, 0),) * 2, 4),
+    "unpadded": ((2, 21, 7, 6, 20), 16, 2, None, ((0, 0),) * 3),
+    "padded by hand": ((1, 21, 5, 6, 21), 24, 1, None, ((2, 0), (0, 3), (3, 0))),
+    "padded far": ((1, 8, 3, 4, 9), 8, 2, None, ((7, 1), (4, 4), (9, 5))),
+    "no taps along H": ((2, 24, 9, 5, 19), 21, 1, (3, 1, 3), ((1, 1), (0, 0), (1, 1))),
+    "one line": ((1, 13, 40, 1, 33), 13),
+    "one plane": ((3, 21, 1, 12, 33), 21),
+    "many planes": ((1, 5, 220, 2, 9), 5),
+    "a single voxel": ((2, 5, 1, 1, 1), 21),
+    "two axes, unpadded": ((2, 21, 33, 9), 21, 4, None, ((0, 0),) * 2),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_cases(name, kernels, marches):
-    (n, c, *size), more, taps, padding, dilation = CASES[name]
-    geometry = geometry_of(len(size), dilation, padding)
-    assert_right(drawn(kernels, torch.bfloat16, c, more, size, geometry, taps, n, "prelu"))
+    assert_right(problem(kernels, torch.bfloat16, *CASES[name], activation="prelu"))
     assert len(marches) == 4
     assert name != "many planes" or marches[0].parts > 1
 
 
 @pytest.mark.parametrize("activation", ["identity", "relu", "leaky_relu", "gelu", "mish"])
 def test_epilogues(activation, kernels, marches):
-    q = drawn(kernels, torch.float16, 21, 30, (4, 3, 20), geometry_of(3, 1), activation=activation)
-    assert_right(q)
+    assert_right(problem(kernels, torch.float16, (1, 21, 4, 3, 20), 30, activation=activation))
+    assert len(marches) == 4
 
 
 def test_offsets_beyond_31_bits(kernels, marches, monkeypatch):
     monkeypatch.setattr(tile, "is_wide", lambda *images: True)
-    assert_right(drawn(kernels, torch.bfloat16, 21, 21, (5, 4, 20), geometry_of(3, 2), samples=2))
+    assert_right(problem(kernels, torch.bfloat16, (2, 21, 5, 4, 20), 21, 2))
+    assert len(marches) == 4
 
 
 def test_parts_without_voxels_weigh_nothing(kernels, marches):
@@ -154,13 +137,15 @@ def test_parts_without_voxels_weigh_nothing(kernels, marches):
     torch.testing.assert_close(var.double(), stored.var(2, correction=0), rtol=1e-5, atol=0)
 
 
-def test_an_image_without_voxels_is_gathered(hopper):
-    same, device = geometry_of(3, 1), torch.device("meta")
-    steps = walk((1, 5, 5), (3, 3, 3), same)
-    empty = steps._replace(out=(0, 5, 5))
-    with plans.use_plan(MarchPlan()):
-        assert lines.march(product(), 1, empty, 21, 24, device) is None
-        assert lines.march(product(), 0, steps, 21, 24, device) is None
+def test_what_a_march_covers():
+    """Not an image without voxels, nor planes whose offsets have more than 31 bits."""
+    steps = walk((1, 5, 5), (3, 3, 3), geometry_of(3, 1))
+    assert lines.are_covered(1, steps, 24)
+    assert not lines.are_covered(1, steps._replace(out=(0, 5, 5)), 24)
+    assert not lines.are_covered(0, steps, 24)
+    large = walk((4, 9000, 9000), (3, 3, 3), geometry_of(3, 1))
+    assert lines.are_covered(1, large, 24)
+    assert not lines.are_covered(1, large, 32)
 
 
 def test_moments_are_of_what_is_stored(kernels, marches):
@@ -189,18 +174,18 @@ def test_what_no_tap_reads_is_not_read(kernels, marches):
 
 
 def test_the_same_input_gives_the_same_bits(kernels, marches):
-    q = drawn(kernels, torch.bfloat16, 21, 21, (5, 4, 20), geometry_of(3, 1))
+    q = problem(kernels, torch.bfloat16, (1, 21, 5, 4, 20), 21)
     one, two = (results(dispatch.passes(q["x"]), q) for _ in range(2))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=0, atol=0)
 
 
 def test_what_a_march_does_not_cover_is_gathered(kernels, marches):
-    """A pending transform, a second image, a residual: by the first plan that gathers."""
-    q = drawn(kernels, torch.bfloat16, 8, 8, (4, 3, 20), geometry_of(3, 1))
+    """A pending transform, a second image, a residual, though a march was asked for."""
+    q = problem(kernels, torch.bfloat16, (1, 8, 4, 3, 20), 8)
     x, w, geometry = q["x"], q["w"], q["geometry"]
     calls = {
-        "pending": (x, q["p"], w, None, geometry),
+        "pending": (x, q["of_x"], w, None, geometry),
         "two": (x, NOTHING, torch.cat((w, w), 1), None, geometry, x),
         "residual": (x, NOTHING, w, None, geometry, None, NOTHING, q["g"]),
     }
@@ -267,7 +252,9 @@ def product(shape=(1, 21, 9, 9, 9), channels=21, taps=(3, 3, 3), dtype=torch.bfl
     return Product("conv_fprop", shape, channels, taps, geometry, dtype)
 
 
-def test_what_marches():
+def test_what_marches(hopper, monkeypatch):
+    monkeypatch.setattr(boxes, "are_copied", lambda device: True)
+    device = torch.device("cuda")
     assert product().marches
     assert product((1, 5, 9, 9), 32, (3, 3)).marches
     assert product(taps=(3, 1, 3)).marches
@@ -277,9 +264,10 @@ def test_what_marches():
         product((1, 5, 9), 5, (3,)), product()._replace(name="conv_wgrad"),
     ]  # fmt: skip
     assert not any(one.marches for one in others)
-    assert all(MarchPlan() not in one.plans for one in others)
-    assert MarchPlan() in product().plans
-    assert MarchPlan() not in plans.candidates(product(), torch.device("cpu"))
+    assert all(MarchPlan() not in plans.candidates(one, device) for one in others)
+    assert MarchPlan() in plans.candidates(product(), device)
+    monkeypatch.setattr(machine, "known", lambda device: None)  # a CPU
+    assert MarchPlan() not in plans.candidates(product(), device)
 
 
 @pytest.fixture
@@ -300,15 +288,15 @@ def test_where_it_is_offered(hopper, monkeypatch):
     device = torch.device("cuda")
     monkeypatch.setattr(boxes, "are_copied", lambda device: True)
     assert plans.candidates(product(), device)[0] == MarchPlan()
+    assert plans.fitting(product(), device, False) == plans.GEMM_PLANS  # of a launch not covered
     assert MarchPlan().shared(2) <= 232_448
     for capability in (8, 0), (8, 9), (10, 0), (12, 0):
         hopper.replace(capability=capability)
-        assert MarchPlan() not in plans.fitting(product(), device)
+        assert MarchPlan() not in plans.fitting(product(), device, True)
         assert "wgmma" in plans.why_no_march(product(), capability)
     hopper.replace(capability=(9, 0))
     monkeypatch.setattr(plans, "_why_not_compiled", lambda *given: "triton 3.9 does not")
-    assert MarchPlan() not in plans.fitting(product(), device)
-    assert plans.fitting(product(), device) == plans.GEMM_PLANS
+    assert plans.fitting(product(), device, True) == plans.GEMM_PLANS
 
 
 def test_a_triton_that_does_not_compile_it_is_told(monkeypatch):
@@ -335,8 +323,8 @@ def test_a_gradient_goes_the_other_way(hopper, monkeypatch):
     monkeypatch.setattr(plans, "_why_not_compiled", lambda *given: asked.append(given))
     one = product((1, 21, 9, 9, 9), 32, (3, 1, 3))
     for name in "conv_fprop", "conv_dgrad":
-        plans.fitting(one._replace(name=name), torch.device("cuda"))
-    plans.fitting(product((1, 5, 9, 9), 13, (3, 3)), torch.device("cuda"))
+        plans.fitting(one._replace(name=name), torch.device("cuda"), True)
+    plans.fitting(product((1, 5, 9, 9), 13, (3, 3)), torch.device("cuda"), True)
     assert asked == [(1, 24, 32), (1, 32, 24), (1, 8, 16)]
 
 
@@ -348,15 +336,3 @@ def test_explain_tells_where_it_is_not_offered(hopper, monkeypatch):
     assert "not offered: a march along D, 64 places, conv_fprop of 21 to 21 channels" in shown
     monkeypatch.setattr(plans, "_why_not_compiled", lambda *given: None)
     assert plans.declined([product()], torch.device("cuda")) == {}
-
-
-def test_planes_too_large_for_31_bits_are_gathered(hopper):
-    steps, one = (
-        walk((4, 9000, 9000), (3, 3, 3), geometry_of(3, 1)),
-        product((1, 21, 4, 9000, 9000)),
-    )
-    device = torch.device("meta")
-    assert isinstance(lines.march(one, 1, steps, 21, 24, device), lines.MarchConfig)
-    assert lines.march(one, 1, steps, 21, 32, device) is None
-    config = configs.gemm(one, 1, (4, 9000, 9000), device, False, lambda: False)
-    assert isinstance(config, configs.GemmConfig)

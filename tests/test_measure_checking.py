@@ -123,7 +123,9 @@ def test_wide_products_have_many_warps():
     samples, c, *size = checking.CONVOLUTIONS["wide"][0]
     product = plans.Product("conv_fprop", *checking.CONVOLUTIONS["wide"], torch.float16)
     device = torch.device("meta")
-    config = configs.gemm(product, samples, tuple(size), device, False, lambda: True)
+    config = configs.gemm(
+        product.plans[0], product, samples, tuple(size), device, False, lambda: True
+    )
     assert (config.warps, config.block_n, config.block_k) == (8, c, 64)
     weights = product._replace(name="conv_wgrad")
     with plans.use_plan(weights.plans[1]):
